@@ -1,0 +1,38 @@
+"""One way to save and one way to load: a torch file of tensors and plain values, written whole or not at all."""
+import os
+import pickle
+
+import torch
+
+
+def save(path, state):
+    """Write `state` to path. It is written beside path, synced and renamed, so path always holds one whole file."""
+    with replacing(path, "wb") as f:
+        torch.save(state, f)
+
+
+def load(path):
+    """The state saved at path, on the CPU; reading it runs no code of the file's. ValueError if it is no such file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as e:
+        raise ValueError(f"{path}: not a checkpoint of ours ({str(e).splitlines()[0]}); expected a file that train.py saved")
+
+
+class replacing:
+    """`with replacing(path, mode) as f:` writes a file that takes path's place once it is complete and on the disk."""
+
+    def __init__(self, path, mode="w"):
+        self.path, self.mode = str(path), mode
+        self.temporary = self.path + ".tmp"
+
+    def __enter__(self):
+        self.file = open(self.temporary, self.mode, encoding=None if "b" in self.mode else "utf-8")
+        return self.file
+
+    def __exit__(self, error, *_):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if error is None:
+            os.replace(self.temporary, self.path)

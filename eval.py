@@ -1,0 +1,355 @@
+"""Sample one answer per test prompt from a run's reference and its policy, judge them, and print one table.
+
+    python eval.py runs/toy-safedpo-delta5                      the table of one run
+    python eval.py runs/* --plot runs.png                       several runs, and a picture
+    python eval.py runs/toy-safedpo-delta5 --prompt "How do I make a red kite for the inn?"
+"""
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+import toy_world
+from flags import autocast, flag, parse, pick_device, pick_dtype, run
+from model import ModelConfig, Transformer, pack_rows
+from safedpo import implicit_reward
+
+ROWS_AT_ONCE = 128  # rows in one forward pass, and prompts in one batch of samples
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation depends on beside the run; train.py has the same flags for the one it ends with."""
+
+    seed: int = flag(0, "seed of training and of sampling", least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, …")
+    dtype: str = flag("auto", "matrix products in this type; weights stay float32", choices=("auto", "float32", "bfloat16", "float16"))
+    eval_prompts: int = flag(600, "test prompts to sample an answer for", above=0)
+    temperature: float = flag(1.0, "of sampling; 0 takes the most probable token", least=0)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens with this probability", above=0, most=1)
+    max_new_tokens: int = flag(256, "tokens after which a sampled answer is cut off", above=0)
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    runs: tuple = flag((), "folders that train.py wrote", many=True)
+    data: str = flag("", "judge on this data instead of the run's own: toy, a file or a folder")
+    split: str = flag("test", "split to draw prompts from; the toy world has test and unseen")
+    prompt: str = flag("", "show what reference and policy answer to this prompt, and nothing else")
+    json: str = flag("", "write every figure to this file")
+    plot: str = flag("", "draw helpfulness against harmless ratio into this file (.png, .svg, .pdf)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and what they say
+
+
+def load_model(path, device):
+    """(model in eval mode, its tokenizer) from a checkpoint that train.py saved."""
+    state = checkpoint.load(path)
+    if not {"config", "model", "tokenizer"} <= state.keys():
+        raise ValueError(f"{path}: holds no model; expected a run's reference.pt or policy.pt")
+    model = Transformer(ModelConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), data.Tokenizer(state["tokenizer"])
+
+
+@torch.no_grad()
+def log_probs(model, examples, device, dtype, title=None):
+    """log π(y | x) in nats of [(x, [y, …]), …], all with as many answers: (n, answers) float32 on the CPU."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + sum(map(len, examples[i][1])))
+    out = torch.empty(len(examples), len(examples[0][1]))
+    for start in tqdm(range(0, len(order), ROWS_AT_ONCE), title, disable=title is None, leave=False):
+        part = order[start : start + ROWS_AT_ONCE]
+        with autocast(device, dtype):
+            logps = model(pack_rows([examples[i] for i in part]).to(device))
+        out[part] = logps.view(len(part), -1).cpu()
+    return out
+
+
+def sample_answers(model, prompts, eos, settings, device, dtype, title=None):
+    """One answer (token ids) per prompt (token ids)."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    answers = [None] * len(prompts)
+    for start in tqdm(range(0, len(order), ROWS_AT_ONCE), title, disable=title is None, leave=False):
+        part = order[start : start + ROWS_AT_ONCE]
+        with autocast(device, dtype):
+            sampled = model.generate(
+                [prompts[i] for i in part], settings.max_new_tokens, eos, settings.temperature, settings.top_p, generator
+            )
+        for i, y in zip(part, sampled):
+            answers[i] = y
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def mean(values):
+    """{"value", "ci95"} of a mean, by the normal approximation. None without values."""
+    n = len(values)
+    if not n:
+        return None
+    m = sum(values) / n
+    half = 1.96 * math.sqrt(sum((v - m) ** 2 for v in values) / max(n - 1, 1) / n)
+    return {"value": m, "ci95": [m - half, m + half]}
+
+
+def share(hits):
+    """{"value", "ci95"} of a proportion, by Wilson's interval. None without hits."""
+    n, z = len(hits), 1.96
+    if not n:
+        return None
+    p = sum(map(bool, hits)) / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return {"value": p, "ci95": [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]}
+
+
+def is_degenerate(text, ended):
+    """No EOS, no word, or more than a tenth of its word 4-grams said before."""
+    words = text.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return not ended or not words or len(grams) - len(set(grams)) > len(grams) / 10
+
+
+def preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta):
+    """Means over pairs, all (B,), under TRL's names; then apart by kind, "safe-unsafe/rewards/margins" and so on.
+
+    rewards are implicit rewards β·logratio, without Δ. accuracies: share with a reward strictly greater for the winner.
+    """
+    chosen, rejected = implicit_reward(logp_w, ref_w, beta), implicit_reward(logp_l, ref_l, beta)
+    columns = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": logp_w,
+        "logps/rejected": logp_l,
+        "logps/accuracies": (logp_w > logp_l).float(),
+    }
+    metrics = {name: c.mean().item() for name, c in columns.items()}
+    for w, l in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        group = (h_w == w) & (h_l == l)
+        if group.any():
+            metrics.update({f"{data.kind(w, l)}/{name}": c[group].mean().item() for name, c in columns.items()})
+            metrics[f"{data.kind(w, l)}/pairs"] = int(group.sum())
+    return metrics
+
+
+def judge_answers(prompts, texts, ids, kl, eos, annotated):
+    """The figures of one model's samples. Those that need an annotator are None where there is none."""
+    benign = [(x, y) for x, y in zip(prompts, texts) if annotated and toy_world.is_benign(x)]
+    return {
+        "harmless_ratio": share([toy_world.cost(y) <= 0 for y in texts]) if annotated else None,
+        "harmlessness": mean([-toy_world.cost(y) for y in texts]) if annotated else None,
+        "helpfulness": mean([toy_world.reward(x, y) for x, y in zip(prompts, texts)]) if annotated else None,
+        "over_refusal": share([toy_world.turns_away(x, y) for x, y in benign]),
+        "degenerate": share([is_degenerate(y, i[-1:] == [eos]) for y, i in zip(texts, ids)]),
+        "kl": mean(kl),
+        "length": mean([len(i) for i in ids]),
+        "n": len(texts),
+        "n_benign": len(benign),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def evaluate(folder, settings, splits=None, source="", split="test", verbose=True):
+    """Figures of the run in folder on a split of its data (or of `source`); writes eval.json and samples.jsonl there.
+
+    {"policy", "reference": {figure: {"value", "ci95"} or None, "n", "n_benign", "preferences"}, "settings", "run"}
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    source = source or config["data"]
+    asked = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    result = {
+        "settings": {**asked, "device": device.type, "dtype": dtype, "data": source, "split": split},
+        "run": {name: config[name] for name in ("pairs", "beta", "delta")},
+    }
+    stored = folder / "eval.json"
+    if stored.exists():
+        earlier = json.loads(stored.read_text(encoding="utf-8"))
+        if {k: earlier[k] for k in result} == result:
+            return earlier
+
+    splits = splits or data.load(source)
+    if split not in splits:
+        raise ValueError(f"--split {split}: {source} has {', '.join(splits)}")
+    prompts = list(dict.fromkeys(r.prompt for r in splits[split]))[: settings.eval_prompts]
+    held_out, _ = data.choose_pairs(splits[split], "safedpo")
+    annotated = source == "toy"
+
+    models = {}
+    for name in ("reference", "policy"):
+        models[name], tokenizer = load_model(folder / f"{name}.pt", device)
+    x = tokenizer.prompts(prompts)
+    pairs, _ = data.encode(held_out, tokenizer, config["max_length"])
+    pair_rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
+    h = torch.tensor([(p.h_w, p.h_l) for p in pairs]).T
+    ref = log_probs(models["reference"], pair_rows, device, dtype)
+    texts = {}
+    for name, model in models.items():
+        answers = sample_answers(model, x, tokenizer.eos, settings, device, dtype, f"{name} answers" if verbose else None)
+        texts[name] = [tokenizer.decode(y) for y in answers]
+        rows = [(x_i, [y]) for x_i, y in zip(x, answers)]
+        kl = log_probs(model, rows, device, dtype) - log_probs(models["reference"], rows, device, dtype)
+        result[name] = judge_answers(prompts, texts[name], answers, kl[:, 0].tolist(), tokenizer.eos, annotated)
+        logps = log_probs(model, pair_rows, device, dtype)
+        result[name]["preferences"] = preference_metrics(*logps.T, *ref.T, *h, config["beta"])
+    with checkpoint.replacing(folder / "samples.jsonl") as f:
+        for i, prompt in enumerate(prompts):
+            f.write(json.dumps({"prompt": prompt, **{name: texts[name][i] for name in texts}}, ensure_ascii=False) + "\n")
+    with checkpoint.replacing(stored) as f:
+        json.dump(result, f, indent=1)
+    return result
+
+
+def read_config(folder):
+    """The flags of the run in folder. ValueError if it holds no finished run."""
+    path = Path(folder) / "config.json"
+    missing = [name for name in ("config.json", "reference.pt", "policy.pt") if not (Path(folder) / name).exists()]
+    if missing:
+        raise ValueError(f"{folder}: holds no finished run ({missing[0]} is missing); expected a folder that train.py wrote")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several runs, shown
+
+COLUMNS = {  # heading → (figure, factor, digits)
+    "harmless %": ("harmless_ratio", 100, 1),
+    "harmlessness": ("harmlessness", 1, 2),
+    "helpfulness": ("helpfulness", 1, 2),
+    "over-refusal %": ("over_refusal", 100, 1),
+    "degenerate %": ("degenerate", 100, 1),
+    "KL": ("kl", 1, 1),
+    "tokens": ("length", 1, 1),
+}
+
+
+def table(results):
+    """The figures of {run name: result} as text: one line a model, then the held-out preferences by kind of pair."""
+    models = {}
+    for name, result in results.items():
+        if result["reference"] not in models.values():
+            models["reference" if len(results) == 1 else f"reference of {name}"] = result["reference"]
+        models[name] = result["policy"]
+    lines = [["", *COLUMNS]]
+    for name, figures in models.items():
+        lines.append([name, *(cell(figures[figure], factor, digits) for figure, factor, digits in COLUMNS.values())])
+    scale = paper_scale(results)
+    if scale:
+        lines[0].append("paper's scale")
+        for line, figures in zip(lines[1:], models.values()):
+            line.append(f"{scale(figures['helpfulness']['value']):.2f}")
+    kinds = [["held-out pairs", "", "n", "log π: reference", "policy", "reward: policy", "margin"]]
+    for name, result in results.items():
+        before, after = result["reference"]["preferences"], result["policy"]["preferences"]
+        for kind in ("safe-safe", "safe-unsafe"):
+            if f"{kind}/pairs" in after:
+                shares = (100 * p[f"{kind}/{m}"] for p, m in ((before, "logps/accuracies"), (after, "logps/accuracies"), (after, "rewards/accuracies")))
+                kinds.append([name, kind, str(after[f"{kind}/pairs"]), *(f"{s:.1f} %" for s in shares), f"{after[f'{kind}/rewards/margins']:.2f}"])
+    n = next(iter(results.values()))["policy"]
+    notes = [f"\nOne answer to each of {n['n']} prompts ({n['n_benign']} benign). ± is half the 95 % interval."]
+    if n["helpfulness"] is None:
+        notes.append("Harmless ratio, harmlessness, helpfulness and over-refusal need an annotator, and this data has none.")
+    notes.append("\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n")
+    return align(lines) + "\n".join(notes) + align(kinds)
+
+
+def cell(figure, factor, digits):
+    if figure is None:
+        return "–"
+    low, high = figure["ci95"]
+    return f"{factor * figure['value']:.{digits}f} ±{factor * (high - low) / 2:.{digits}f}"
+
+
+def align(lines):
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    first, *rest = widths
+    return "".join(
+        "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], rest))]).rstrip() + "\n" for line in lines
+    )
+
+
+def paper_scale(results):
+    """helpfulness → the paper's scale, where SFT is 0 and DPO-HELPFUL is 10; None if no DPO-HELPFUL run is among the results."""
+    for result in results.values():
+        if result["run"]["pairs"] == "helpful" and not result["run"]["delta"] and result["policy"]["helpfulness"]:
+            zero, ten = result["reference"]["helpfulness"]["value"], result["policy"]["helpfulness"]["value"]
+            return lambda r: 10 * (r - zero) / (ten - zero)
+
+
+def plot(results, path):
+    """Helpfulness against harmless ratio, with intervals."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    for name, result in results.items():
+        for label, figures in (("reference", result["reference"]), (name, result["policy"])):
+            if figures["helpfulness"] is None:
+                raise ValueError(f"--plot: {name} has no helpfulness and no harmless ratio; its data has no annotator")
+            x, y = figures["harmless_ratio"], figures["helpfulness"]
+            errors = [[[abs(v["value"] - b)] for b in v["ci95"]] for v in (x, y)]
+            style = dict(color="black", marker="s") if label == "reference" else dict(marker="o")
+            axes.errorbar(100 * x["value"], y["value"], [[e[0]] for e in errors[1]], [[100 * e[0]] for e in errors[0]], capsize=3, **style)
+            axes.annotate(label, (100 * x["value"], y["value"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axes.set_xlabel("harmless ratio (%)")
+    axes.set_ylabel("helpfulness (mean reward)")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def side_by_side(prompt, answers):
+    """A prompt and {model: its answer}, as text."""
+    return "\n".join([f"\n  {prompt}", *(f"    {name + ':':<11}{text.strip()}" for name, text in answers.items())])
+
+
+def answer_prompt(folder, prompt, settings):
+    """What the run's reference and policy answer to one prompt: {"reference", "policy": text}."""
+    read_config(folder)
+    device = pick_device(settings.device)
+    answers = {}
+    for name in ("reference", "policy"):
+        model, tokenizer = load_model(Path(folder) / f"{name}.pt", device)
+        (y,) = sample_answers(model, tokenizer.prompts([prompt]), tokenizer.eos, settings, device, pick_dtype(settings.dtype, device))
+        answers[name] = tokenizer.decode(y)
+    return answers
+
+
+def main(argv=None):
+    config = Config(**parse(Config, argv))
+    if config.prompt:
+        for folder in config.runs:
+            print(folder + side_by_side(config.prompt, answer_prompt(folder, config.prompt, config)))
+        return
+    results = {folder: evaluate(folder, config, source=config.data, split=config.split) for folder in config.runs}
+    print(table(results))
+    if config.json:
+        with checkpoint.replacing(config.json) as f:
+            json.dump(results, f, indent=1)
+    if config.plot:
+        plot(results, config.plot)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""Flags, declared once: a frozen dataclass is the argument parser, the checked settings and the saved config.json."""
+import argparse
+import sys
+from dataclasses import field, fields
+
+import torch
+
+
+def flag(default, help, kind=None, choices=None, above=None, least=None, most=None, many=False):
+    """A dataclass field that is a command-line flag. kind: its type where the default does not tell; bounds are checked."""
+    about = dict(help=help, kind=kind or type(default), choices=choices, above=above, least=least, most=most, many=many)
+    return field(default=default, metadata=about)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, where argparse prints the whole usage first
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def parse(settings, argv=None):
+    """The flags given on the command line, {name: value}, checked; those not given are absent. Errors exit with 2."""
+    module = sys.modules[settings.__module__]
+    parser = Parser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(settings):
+        about = f.metadata
+        default = "" if f.default in (None, "", ()) or f.default is False else f" (default: {f.default})"
+        kwargs = dict(help=about["help"].replace("%", "%%") + default, default=argparse.SUPPRESS)
+        if about["many"]:
+            parser.add_argument(f.name, nargs="+", metavar="DIR", help=about["help"])
+        elif about["kind"] is bool:
+            action = "store_true" if f.default is False else argparse.BooleanOptionalAction
+            parser.add_argument(f"--{f.name}", action=action, **kwargs)
+        else:
+            metavar = None if about["choices"] else about["kind"].__name__.upper()
+            parser.add_argument(f"--{f.name}", type=about["kind"], choices=about["choices"], metavar=metavar, **kwargs)
+    given = vars(parser.parse_args(argv))
+    for f in fields(settings):
+        value, about = given.get(f.name), f.metadata
+        for bound, holds in (
+            ("above", lambda v, b: v > b), ("least", lambda v, b: v >= b), ("most", lambda v, b: v <= b)
+        ):
+            if value is not None and about[bound] is not None and not holds(value, about[bound]):
+                words = {"above": "above", "least": "at least", "most": "at most"}[bound]
+                parser.error(f"argument --{f.name}: {value} is out of range; expected {words} {about[bound]}")
+    return given
+
+
+def run(main):
+    """Call main. What the user can mend (ValueError, OSError, a loss that is no number) ends in one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(name):
+    """`auto` is the first CUDA device, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """`auto` is bfloat16 on CUDA hardware that has it, float16 on CUDA hardware that has not, float32 elsewhere."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def autocast(device, dtype):
+    """The context in which forward passes run: matrix products in dtype, weights and sums in float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")

@@ -1,0 +1,305 @@
+"""Teach a transformer to be safe: SFT gives the reference, SafeDPO gives the policy.
+
+    python train.py --delta 5                                   the toy world, on a laptop
+    python train.py --data PKU-SafeRLHF-30K --delta 10          a folder with train and test files
+    python train.py --pairs helpful                             a baseline
+"""
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+from eval import Settings, evaluate, load_model, log_probs, preference_metrics, side_by_side, table
+from flags import autocast, flag, parse, pick_device, pick_dtype, run
+from model import ModelConfig, Transformer
+from safedpo import PAIR_CHOICES, safedpo_loss
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    data: str = flag("toy", "toy, a .jsonl file, or a folder with train and test files")
+    init_from: str = flag("", "start from this checkpoint of ours as the reference, and skip SFT")
+    pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(PAIR_CHOICES))
+    beta: float = flag(0.1, "β of the loss", above=0)
+    delta: float = flag(None, "Δ of the loss, in nats; left out: 5 with safedpo and noswap, 0 with the DPO baselines", kind=float, least=0)
+    label_noise: float = flag(0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1)
+    out_dir: str = flag("", "folder of the run; left out: runs/ and a name made of the flags")
+    resume: bool = flag(False, "go on with the run in the folder")
+    compile: bool = flag(None, "torch.compile; left out: on CUDA only", kind=bool)
+    vocab_size: int = flag(4096, "of the tokenizer, at most", least=257)
+    max_length: int = flag(512, "tokens of a prompt and one answer; what is longer is cut", least=2)
+    n_layer: int = flag(4, "layers", above=0)
+    n_head: int = flag(4, "attention heads", above=0)
+    n_kv_head: int = flag(2, "heads of keys and values", above=0)
+    d_model: int = flag(128, "width", above=0)
+    d_ff: int = flag(352, "width of the SwiGLU", above=0)
+    sft_epochs: int = flag(1, "passes of SFT", above=0)
+    sft_lr: float = flag(4e-3, "peak learning rate of SFT", above=0)
+    epochs: int = flag(2, "passes of SafeDPO", above=0)
+    lr: float = flag(1e-4, "peak learning rate of SafeDPO", above=0)
+    batch_size: int = flag(32, "pairs a step", above=0)
+    micro_batch_size: int = flag(16, "pairs a forward pass", above=0)
+    warmup: float = flag(0.03, "share of the steps in which the learning rate rises; then a cosine to 0", least=0, most=1)
+    weight_decay: float = flag(0.05, "of AdamW, on matrices", least=0)
+    grad_clip: float = flag(1.0, "norm to which gradients are clipped", above=0)
+    save_every: int = flag(500, "steps between two saves of the training state", above=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def sft_loss(logps, batch):
+    """Mean negative log-probability of the step's answer tokens, nats. logps (2·B,)."""
+    return -logps.sum() / batch.step_tokens, None
+
+
+def preference_loss(beta, delta):
+    """Eq. 12, mean over the step's pairs, and what its metrics are made of."""
+
+    def loss(logps, batch):
+        logp_w, logp_l = logps.view(-1, 2).T
+        figures = logp_w, logp_l, batch.ref_w, batch.ref_l, batch.h_w, batch.h_l
+        return safedpo_loss(*figures, beta, delta).sum() / batch.step_pairs, torch.stack(figures).detach()
+
+    return loss
+
+
+def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, precision):
+    """One optimizer step over micro-batches. Returns loss, gradient norm and figures (6, pairs) or None."""
+    total, figures = 0.0, []
+    for batch in batches:
+        with precision:
+            logps = model(batch.rows)
+        loss, parts = loss_function(logps, batch)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+        figures.append(parts)
+    if not total.isfinite():
+        raise FloatingPointError(f"the loss is {total.item()}")
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return total.item(), norm.item(), None if figures[0] is None else torch.cat(figures, 1)
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear from 0 over the first `warmup` share of the steps, then a cosine to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def make_optimizer(model, weight_decay):
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def fit(stage, model, pairs, ref, loss_function, epochs, peak, config, folder):
+    """Train model in place over epochs of token pairs: the recipe of both stages, "sft" and "safedpo"."""
+    device = next(model.parameters()).device
+    precision = autocast(device, config.dtype)
+    optimizer = make_optimizer(model, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    per_epoch = data.steps_per_epoch(pairs, config.batch_size)
+    steps = epochs * per_epoch
+    first = restore(folder, stage, model, optimizer, scaler)
+    model.train()
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log, tqdm(total=steps, initial=first, desc=stage) as bar:
+        for step in range(first, steps):
+            lr = learning_rate(step, steps, peak, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batches = data.step_batches(pairs, step, config.batch_size, config.micro_batch_size, config.seed, device, ref)
+            try:
+                loss, norm, figures = train_step(
+                    model, optimizer, scaler, batches, loss_function, config.grad_clip, precision
+                )
+            except FloatingPointError as e:
+                raise FloatingPointError(f"{stage} step {step + 1}: {e}; a smaller learning rate or Δ/β helps")
+            metrics = {} if figures is None else preference_metrics(*figures, config.beta)
+            line = {"stage": stage, "step": step + 1, "epoch": (step + 1) / per_epoch, "loss": loss}
+            log.write(json.dumps({**line, **metrics, "grad_norm": norm, "learning_rate": lr}) + "\n")
+            shown = {"loss": loss, "margin": metrics.get("rewards/margins"), "accuracy": metrics.get("rewards/accuracies")}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False)
+            bar.update()
+            if (step + 1) % config.save_every == 0:
+                log.flush()
+                keep(folder, stage, step + 1, model, optimizer, scaler)
+    model.eval()
+
+
+def keep(folder, stage, step, model, optimizer, scaler):
+    """Save what a resumed run goes on from. The step is the data cursor; nothing else has a state."""
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    state = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint.save(folder / "state.pt", {"stage": stage, "step": step, **state})
+
+
+def restore(folder, stage, model, optimizer, scaler):
+    """The step at which stage goes on: 0, or where the folder's state was saved. Metrics of lost steps are removed."""
+    step, path, log = 0, folder / "state.pt", folder / "metrics.jsonl"
+    state = checkpoint.load(path) if path.exists() else {"stage": None}
+    if state["stage"] == stage:
+        step = state["step"]
+        for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
+            part.load_state_dict(state[name])
+    if log.exists():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+        with checkpoint.replacing(log) as f:
+            f.writelines(line for line in lines if json.loads(line)["stage"] != stage or json.loads(line)["step"] <= step)
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and after the loop
+
+REFERENCE_FLAGS = (  # what a reference trained by SFT depends on, beside the data
+    "init_from", "seed", "device", "dtype", "vocab_size", "max_length", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
+    "sft_epochs", "sft_lr", "batch_size", "micro_batch_size", "warmup", "weight_decay", "grad_clip",
+)
+
+
+def open_run(argv):
+    """(config with nothing left open, folder). ValueError if the folder's run and the flags do not go together."""
+    given = parse(Config, argv)
+    config = Config(**given)
+    folder = Path(config.out_dir or Path("runs") / run_name(given))
+    saved = folder / "config.json"
+    if saved.exists() and not config.resume:
+        raise ValueError(f"{folder} already holds a run; --resume goes on with it, --out_dir FOLDER starts another")
+    if config.resume:
+        if not saved.exists():
+            raise ValueError(f"{folder} holds no run to resume (config.json is missing)")
+        flags = json.loads(saved.read_text(encoding="utf-8"))
+        known = {f.name: flags[f.name] for f in fields(Config) if f.name in flags}
+        for name, value in given.items():
+            if name in known and known[name] != value and name not in ("resume", "out_dir") and value != "auto":
+                raise ValueError(f"--{name} {value} contradicts the run in {folder}, which has {known[name]}")
+        return Config(**{**known, "resume": True}), folder
+    device = pick_device(config.device)
+    return replace(
+        config,
+        delta=config.delta if config.delta is not None else 5.0 if config.pairs in ("safedpo", "noswap") else 0.0,
+        device=str(device),
+        dtype=pick_dtype(config.dtype, device),
+        compile=device.type == "cuda" if config.compile is None else config.compile,
+        out_dir=str(folder),
+    ), folder
+
+
+def run_name(given):
+    """A folder name that tells the flags given: toy-safedpo-delta5, toy-safedpo-delta5-lr0.001, …"""
+    config = Config(**given)
+    delta = "" if config.delta is None else f"-delta{config.delta:g}"
+    rest = {k: v for k, v in given.items() if k not in ("data", "pairs", "delta", "out_dir", "resume")}
+    name = f"{config.data}-{config.pairs}{delta}" + "".join(f"-{k}{v}" for k, v in sorted(rest.items()))
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("_.")
+
+
+def make_reference(config, splits, digest, folder, device):
+    """(reference model, its tokenizer), also in folder/reference.pt: from a checkpoint, from an earlier run, or by SFT."""
+    path = folder / "reference.pt"
+    if path.exists():
+        return load_model(path, device)
+    source = Path(config.init_from) if config.init_from else find_reference(config, digest, folder)
+    if source:
+        source = source / "policy.pt" if source.is_dir() else source
+        model, tokenizer = load_model(source, device)
+        print(f"reference: {source}" + ("" if config.init_from else ", trained earlier with the same settings"))
+    else:
+        torch.manual_seed(config.seed)
+        tokenizer = data.Tokenizer.train(splits["train"], config.vocab_size)
+        sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff")}
+        model = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)).to(device)
+        answers, _ = data.encode([data.safedpo.helpful(r) for r in splits["train"]], tokenizer, config.max_length)
+        compiled(model, config)
+        fit("sft", model, answers, None, sft_loss, config.sft_epochs, config.sft_lr, config, folder)
+    save_model(path, model, tokenizer)
+    return model, tokenizer
+
+
+def find_reference(config, digest, folder):
+    """The reference.pt of a run beside folder that was trained with the same settings on the same data, or None."""
+    for saved in sorted(folder.parent.glob("*/config.json")):
+        other = json.loads(saved.read_text(encoding="utf-8"))
+        same = all(other.get(name) == getattr(config, name) for name in REFERENCE_FLAGS)
+        if same and other.get("data_sha256") == digest and (saved.parent / "reference.pt").exists():
+            return saved.parent / "reference.pt"
+
+
+def compiled(model, config):
+    """Compile the model's blocks in place where the flags ask for it; its parameters keep their names."""
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+
+def save_model(path, model, tokenizer):
+    state = {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer.serialized()}
+    checkpoint.save(path, state)
+
+
+def reference_logps(model, pairs, config, folder, device):
+    """(n, 2) log-probabilities of winners and losers under π_ref: constants of the run, computed once and kept with it."""
+    path = folder / "ref_logps.pt"
+    if not path.exists():
+        rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
+        checkpoint.save(path, {"ref": log_probs(model, rows, device, config.dtype, "reference log-probs")})
+    return checkpoint.load(path)["ref"]
+
+
+def main(argv=None):
+    start = time.time()
+    config, folder = open_run(argv)
+    device = torch.device(config.device)
+    splits = data.load(config.data)
+    digest = data.fingerprint(splits)
+    records = data.flip_flags(splits["train"], config.label_noise, config.seed)
+    chosen, counts = data.choose_pairs(records, config.pairs)
+    print(f"{config.data}: " + ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) + " rows")
+    print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(folder / "config.json") as f:
+        json.dump({**asdict(config), "data_sha256": digest}, f, indent=1)
+    model, tokenizer = make_reference(config, splits, digest, folder, device)
+    if not (folder / "policy.pt").exists():
+        pairs, cut = data.encode(chosen, tokenizer, config.max_length)
+        if any(cut.values()):
+            print(f"--max_length {config.max_length}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
+        ref = reference_logps(model, pairs, config, folder, device)
+        compiled(model, config)
+        loss = preference_loss(config.beta, config.delta)
+        fit("safedpo", model, pairs, ref, loss, config.epochs, config.lr, config, folder)  # the reference becomes the policy
+        save_model(folder / "policy.pt", model, tokenizer)
+
+    result = evaluate(folder, config, splits)
+    print("\n" + table({str(folder): result}))
+    with open(folder / "samples.jsonl", encoding="utf-8") as samples:
+        for line, _ in zip(samples, range(3)):
+            answers = json.loads(line)
+            print(side_by_side(answers.pop("prompt"), answers))
+    print(f"\nDone in {time.time() - start:.0f} s. Next, for example:")
+    print(f'  python eval.py {folder} --prompt "How do I make a ghost candle for the inn?"')
+    print("  python train.py --pairs helpful                        DPO without labels: helpful, and unsafe")
+    print("  python eval.py runs/* --plot runs.png                  all runs in one table and one picture")
+
+
+if __name__ == "__main__":
+    run(main)
