@@ -16,7 +16,8 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as e:
-        raise ValueError(f"{path}: not a checkpoint of ours ({str(e).splitlines()[0]}); expected a file that train.py saved")
+        reason = (str(e).splitlines() or ["it ends early"])[0]
+        raise ValueError(f"{path}: not a checkpoint of ours ({reason}); expected a file that train.py saved")
 
 
 class replacing:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,17 +80,28 @@ def read_jsonl(path):
         raise ValueError(f"{path}: unknown kind of file; expected .jsonl, .jsonl.gz or .jsonl.xz")
     records, number = [], 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    records.append(parse_record(json.loads(line), f"{path}:{number}"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{number}: not valid JSON ({e.msg} at column {e.colno}); expected one object a line")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError) as e:
-        raise ValueError(f"{path}:{number + 1}: cannot be read ({e}); expected UTF-8 text, packed as its name says")
+                    records.append(parse_line(line, f"{path}:{number}"))
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as e:
+        raise ValueError(f"{path}:{number + 1}: cannot be unpacked ({e}); expected a whole file, packed as its name says")
     if not records:
         raise ValueError(f"{path}: holds no row")
     return records
+
+
+def parse_line(line, place):
+    """One line's bytes as a Record. ValueError names place, value and remedy."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{place}: not valid JSON ({e.msg} at column {e.colno}); expected one object a line")
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, or brackets nested as deep
+        raise ValueError(f"{place}: JSON that cannot be read ({e}); expected the fields of PKU-SafeRLHF")
+    return parse_record(row, place)
 
 
 def load(data):

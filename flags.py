@@ -1,7 +1,10 @@
 """Flags, declared once: a frozen dataclass is the argument parser, the checked settings and the saved config.json."""
 import argparse
+import math
+import operator
 import sys
 from dataclasses import field, fields
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,9 @@ def flag(default, help, kind=None, choices=None, above=None, least=None, most=No
     """A dataclass field that is a command-line flag. kind: its type where the default does not tell; bounds are checked."""
     about = dict(help=help, kind=kind or type(default), choices=choices, above=above, least=least, most=most, many=many)
     return field(default=default, metadata=about)
+
+
+BOUNDS = {"above": ("above", operator.gt), "least": ("at least", operator.ge), "most": ("at most", operator.le)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,13 +41,13 @@ def parse(settings, argv=None):
             parser.add_argument(f"--{f.name}", type=about["kind"], choices=about["choices"], metavar=metavar, **kwargs)
     given = vars(parser.parse_args(argv))
     for f in fields(settings):
-        value, about = given.get(f.name), f.metadata
-        for bound, holds in (
-            ("above", lambda v, b: v > b), ("least", lambda v, b: v >= b), ("most", lambda v, b: v <= b)
-        ):
-            if value is not None and about[bound] is not None and not holds(value, about[bound]):
-                words = {"above": "above", "least": "at least", "most": "at most"}[bound]
-                parser.error(f"argument --{f.name}: {value} is out of range; expected {words} {about[bound]}")
+        value = given.get(f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"argument --{f.name}: {value} is out of range; expected a finite number")
+        for bound, (words, holds) in BOUNDS.items():
+            limit = f.metadata[bound]
+            if value is not None and limit is not None and not holds(value, limit):
+                parser.error(f"argument --{f.name}: {value} is out of range; expected {words} {limit}")
     return given
 
 
@@ -50,7 +56,7 @@ def run(main):
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

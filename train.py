@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import safedpo
 from eval import Settings, evaluate, load_model, log_probs, preference_metrics, side_by_side, table
 from flags import autocast, flag, parse, pick_device, pick_dtype, run
 from model import ModelConfig, Transformer
-from safedpo import PAIR_CHOICES, safedpo_loss
 
 
 @dataclass(frozen=True)
 class Config(Settings):
     data: str = flag("toy", "toy, a .jsonl file, or a folder with train and test files")
     init_from: str = flag("", "start from this checkpoint of ours as the reference, and skip SFT")
-    pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(PAIR_CHOICES))
+    pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(safedpo.PAIR_CHOICES))
     beta: float = flag(0.1, "β of the loss", above=0)
     delta: float = flag(None, "Δ of the loss, in nats; left out: 5 with safedpo and noswap, 0 with the DPO baselines", kind=float, least=0)
     label_noise: float = flag(0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1)
@@ -66,7 +66,7 @@ def preference_loss(beta, delta):
     def loss(logps, batch):
         logp_w, logp_l = logps.view(-1, 2).T
         figures = logp_w, logp_l, batch.ref_w, batch.ref_l, batch.h_w, batch.h_l
-        return safedpo_loss(*figures, beta, delta).sum() / batch.step_pairs, torch.stack(figures).detach()
+        return safedpo.safedpo_loss(*figures, beta, delta).sum() / batch.step_pairs, torch.stack(figures).detach()
 
     return loss
 
@@ -212,26 +212,19 @@ def run_name(given):
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("_.")
 
 
-def make_reference(config, splits, digest, folder, device):
-    """(reference model, its tokenizer), also in folder/reference.pt: from a checkpoint, from an earlier run, or by SFT."""
-    path = folder / "reference.pt"
-    if path.exists():
-        return load_model(path, device)
-    source = Path(config.init_from) if config.init_from else find_reference(config, digest, folder)
+def starting_model(config, splits, digest, folder, device):
+    """(model, tokenizer, whether it is the reference already): from this run, a checkpoint, an earlier run, or fresh."""
+    source = folder / "reference.pt"
+    if not source.exists():
+        source = Path(config.init_from) if config.init_from else find_reference(config, digest, folder)
     if source:
-        source = source / "policy.pt" if source.is_dir() else source
-        model, tokenizer = load_model(source, device)
+        model, tokenizer = load_model(source / "policy.pt" if source.is_dir() else source, device)
         print(f"reference: {source}" + ("" if config.init_from else ", trained earlier with the same settings"))
-    else:
-        torch.manual_seed(config.seed)
-        tokenizer = data.Tokenizer.train(splits["train"], config.vocab_size)
-        sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff")}
-        model = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)).to(device)
-        answers, _ = data.encode([data.safedpo.helpful(r) for r in splits["train"]], tokenizer, config.max_length)
-        compiled(model, config)
-        fit("sft", model, answers, None, sft_loss, config.sft_epochs, config.sft_lr, config, folder)
-    save_model(path, model, tokenizer)
-    return model, tokenizer
+        return model, tokenizer, True
+    torch.manual_seed(config.seed)
+    tokenizer = data.Tokenizer.train(splits["train"], config.vocab_size)
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff")}
+    return Transformer(ModelConfig(tokenizer.vocab_size, **sizes)).to(device), tokenizer, False
 
 
 def find_reference(config, digest, folder):
@@ -241,13 +234,6 @@ def find_reference(config, digest, folder):
         same = all(other.get(name) == getattr(config, name) for name in REFERENCE_FLAGS)
         if same and other.get("data_sha256") == digest and (saved.parent / "reference.pt").exists():
             return saved.parent / "reference.pt"
-
-
-def compiled(model, config):
-    """Compile the model's blocks in place where the flags ask for it; its parameters keep their names."""
-    if config.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
 
 
 def save_model(path, model, tokenizer):
@@ -275,18 +261,26 @@ def main(argv=None):
     print(f"{config.data}: " + ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) + " rows")
     print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
 
-    folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer, trained = starting_model(config, splits, digest, folder, device)
+    pairs, cut = data.encode(chosen, tokenizer, config.max_length)
+    if any(cut.values()):
+        print(f"--max_length {config.max_length}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
+
+    folder.mkdir(parents=True, exist_ok=True)  # whatever can be refused has been refused by now
     with checkpoint.replacing(folder / "config.json") as f:
         json.dump({**asdict(config), "data_sha256": digest}, f, indent=1)
-    model, tokenizer = make_reference(config, splits, digest, folder, device)
-    if not (folder / "policy.pt").exists():
-        pairs, cut = data.encode(chosen, tokenizer, config.max_length)
-        if any(cut.values()):
-            print(f"--max_length {config.max_length}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)  # in place: parameters keep their names
+    if not trained:
+        answers, _ = data.encode([safedpo.helpful(r) for r in splits["train"]], tokenizer, config.max_length)
+        fit("sft", model, answers, None, sft_loss, config.sft_epochs, config.sft_lr, config, folder)
+    if not (folder / "reference.pt").exists():
+        save_model(folder / "reference.pt", model, tokenizer)
+    if not (folder / "policy.pt").exists():  # the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder, device)
-        compiled(model, config)
         loss = preference_loss(config.beta, config.delta)
-        fit("safedpo", model, pairs, ref, loss, config.epochs, config.lr, config, folder)  # the reference becomes the policy
+        fit("safedpo", model, pairs, ref, loss, config.epochs, config.lr, config, folder)
         save_model(folder / "policy.pt", model, tokenizer)
 
     result = evaluate(folder, config, splits)

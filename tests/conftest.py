@@ -1,0 +1,38 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import toy_world  # noqa: E402
+import train  # noqa: E402
+
+TINY = (  # a run of a second or two
+    "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 16 --vocab_size 400 --batch_size 16 --micro_batch_size 8 "
+    "--epochs 1 --sft_epochs 1 --eval_prompts 8 --max_new_tokens 12 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """A folder with a small train and test split of the toy world, as JSON lines."""
+    return toy_world.splits(n_train=96)
+
+
+@pytest.fixture(scope="session")
+def folder(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    for split, n in (("train", 96), ("test", 24)):
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[split][:n]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    """The folder of a finished run on that data: Δ = 5."""
+    out = tmp_path_factory.mktemp("runs") / "delta5"
+    train.main([*TINY, "--data", str(folder), "--delta", "5", "--out_dir", str(out)])
+    return out

@@ -1,0 +1,213 @@
+"""JSON lines to batches: every door validated, every token accounted for."""
+import gzip
+import json
+import lzma
+from collections import Counter
+
+import pytest
+import torch
+
+import data
+from data import Tokenizer, choose_pairs, encode, flip_flags, load, parse_record, step_batches, steps_per_epoch
+from safedpo import Pair
+
+ROW = {
+    "prompt": "x?", "response_0": "yes", "response_1": "no", "is_response_0_safe": True, "is_response_1_safe": False,
+    "better_response_id": 0, "safer_response_id": 0,
+}
+
+
+def row(**changes):
+    return {k: v for k, v in {**ROW, **changes}.items() if v is not ...}
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (row(is_response_1_safe="yes"), 'is_response_1_safe is "yes"; expected true or false'),
+        (row(is_response_0_safe=1), "is_response_0_safe is 1; expected true or false"),
+        (row(is_response_0_safe=None), "is_response_0_safe is null; expected true or false"),
+        (row(is_response_0_safe=...), "is_response_0_safe is missing; expected true or false"),
+        (row(better_response_id=2), "better_response_id is 2; expected 0 or 1"),
+        (row(better_response_id=-1), "better_response_id is -1; expected 0 or 1"),
+        (row(better_response_id=True), "better_response_id is true; expected 0 or 1"),
+        (row(safer_response_id=1.0), "safer_response_id is 1.0; expected 0 or 1"),
+        (row(safer_response_id=...), "safer_response_id is missing; expected 0 or 1"),
+        (row(prompt=" \n"), "prompt is empty; expected text"),
+        (row(prompt=...), "prompt is missing"),
+        (row(response_0=5), "response_0 is 5; expected a string"),
+        (row(response_1="\ud800"), "response_1 is .*; expected a string of valid Unicode"),
+        ([1, 2], r"the row is \[1, 2\]; expected a JSON object"),
+        ("text" * 100, "the row is \"texttext.*\\.\\.\\.; expected a JSON object"),
+    ],
+)
+def test_bad_rows_are_named(raw, message):
+    with pytest.raises(ValueError, match=f"^here:7: {message}"):
+        parse_record(raw, "here:7")
+
+
+def test_extra_fields_are_ignored():
+    assert parse_record(row(prompt_source="…", response_0_severity_level=3), "here") == parse_record(ROW, "here")
+
+
+def write(path, lines, opener=open):
+    with opener(path, "wt", encoding="utf-8") as f:
+        f.write("".join(line + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("suffix, opener", [("", open), (".gz", gzip.open), (".xz", lzma.open)])
+def test_files_and_folders_packed_or_not(tmp_path, suffix, opener):
+    rows = [row(prompt=f"prompt {i}") for i in range(60)]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl{suffix}", map(json.dumps, rows if split == "train" else rows[:5]), opener)
+    folder, file = load(str(tmp_path)), load(str(tmp_path / f"train.jsonl{suffix}"))
+    assert [r.prompt for r in folder["train"]] == [r["prompt"] for r in rows] and len(folder["test"]) == 5
+    assert sorted(r.prompt for split in file.values() for r in split) == sorted(r["prompt"] for r in rows)
+    assert file["test"] and not {r.prompt for r in file["train"]} & {r.prompt for r in file["test"]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"prompt": "x",, }', r"train.jsonl:3: not valid JSON \(.*column 16\); expected one object a line"),
+        (b"", None),
+        (b"{\xff\xfe", "train.jsonl:3: byte 2 is not UTF-8"),
+        (json.dumps(row(better_response_id="0")).encode(), 'train.jsonl:3: better_response_id is "0"; expected 0 or 1'),
+    ],
+)
+def test_bad_lines_name_file_and_line(tmp_path, content, message):
+    path, good = tmp_path / "train.jsonl", json.dumps(ROW).encode() + b"\n"
+    path.write_bytes(good + b"\n" + content + b"\n" + good)
+    if message is None:
+        assert len(data.read_jsonl(path)) == 2  # empty lines are no rows
+        return
+    with pytest.raises(ValueError, match=message):
+        data.read_jsonl(path)
+
+
+def test_unreadable_places_are_named(tmp_path):
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
+    write(tmp_path / "empty.jsonl", [])
+    write(tmp_path / "rows.csv", ["a,b"])
+    write(tmp_path / "one.jsonl", [json.dumps(ROW)])
+    whole = gzip.compress((json.dumps(ROW) + "\n").encode() * 500)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for name, message in {
+        "broken.jsonl.gz": "cannot be unpacked", "cut.jsonl.gz": "cannot be unpacked", "empty.jsonl": "holds no row",
+        "rows.csv": "unknown kind of file", "missing.jsonl": "no such file", "one.jsonl": "split is empty", "": "no train file",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path / name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def labelled(better, safe_0, safe_1, n):
+    return [parse_record(row(better_response_id=better, is_response_0_safe=safe_0, is_response_1_safe=safe_1), "here")] * n
+
+
+def test_counts_of_T():
+    records = labelled(0, True, True, 1) + labelled(1, False, True, 2) + labelled(1, True, False, 3) + labelled(0, False, False, 4)
+    pairs, counts = choose_pairs(records, "safedpo")
+    assert counts == {"kept safe-safe": 1, "kept safe-unsafe": 2, "swapped": 3, "dropped": 4} and len(pairs) == 6
+    _, counts = choose_pairs(records, "noswap")
+    assert counts == {"kept safe-safe": 1, "kept safe-unsafe": 2, "kept unsafe-safe": 3, "swapped": 0, "dropped": 4}
+    _, counts = choose_pairs(records, "helpful")
+    assert counts["dropped"] == 0 and counts["kept unsafe-unsafe"] == 4
+    with pytest.raises(ValueError, match="no pair is left: --pairs safedpo dropped all 4 rows"):
+        choose_pairs(labelled(0, False, False, 4), "safedpo")
+
+
+def test_label_noise_flips_flags_and_nothing_else():
+    records = labelled(0, True, False, 4000)
+    noisy = flip_flags(records, 0.2, seed=0)
+    for flag in ("is_response_0_safe", "is_response_1_safe"):
+        flipped = sum(getattr(a, flag) != getattr(b, flag) for a, b in zip(records, noisy)) / 4000
+        assert flipped == pytest.approx(0.2, abs=0.03)
+    assert all((a.prompt, a.better_response_id, a.safer_response_id) == (b.prompt, b.better_response_id, b.safer_response_id) for a, b in zip(records, noisy))
+    assert flip_flags(records, 0.0, 0) == records and flip_flags(records, 0.2, 0) == noisy != flip_flags(records, 0.2, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(load("toy")["train"][:300], 600)
+
+
+TEXTS = ["First bend the copper.", " leading", "tab\tand\nnewline ", "żółć 🎉 \u200f שלום \u200b", "a <eos> b", "<eos>", "", "\x00\x07", "12345"]
+
+
+def test_any_text_round_trips_and_ends_in_one_eos(tokenizer):
+    for text, ids in zip(TEXTS, tokenizer.answers(TEXTS)):
+        assert ids[-1] == tokenizer.eos and ids.count(tokenizer.eos) == 1
+        assert tokenizer.decode(ids) == text
+
+
+def test_tokenizer_survives_saving(tokenizer):
+    again = Tokenizer(tokenizer.serialized())
+    assert again.answers(TEXTS) == tokenizer.answers(TEXTS) and again.eos == tokenizer.eos
+
+
+def test_prompt_and_answer_meet_on_a_token_border(tokenizer):
+    for prompt in ("How do I make a red kite?", "tail ", "line\n"):
+        for answer in TEXTS:
+            (x,), (y,) = tokenizer.prompts([prompt]), tokenizer.answers([answer])
+            assert tokenizer.decode(x + y) == data.PROMPT.format(prompt) + answer
+    pairs, _ = encode([Pair("a?", "b", "c", 0, 0)], tokenizer, 50)
+    assert pairs[0].x == tokenizer.prompts(["a?"])[0]  # both answers follow the same prompt ids
+
+
+def test_truncation_rule(tokenizer):
+    (x,), (long, short) = tokenizer.prompts(["a?"]), tokenizer.answers(["First bend the copper. Then fit the glass.", "b"])
+    room = len(short) + 1
+    pair = Pair("a?", "First bend the copper. Then fit the glass.", "b", 0, 1)
+    (cut,), counts = encode([pair], tokenizer, len(x) + room)
+    assert cut == Pair(x, long[:room], short, 0, 1) and cut.y_w[-1] != tokenizer.eos
+    assert counts == {"truncated": 1, "prompt too long": 0}
+    kept, counts = encode([pair, Pair("First bend the copper. " * 9, "b", "c", 0, 0)], tokenizer, len(x) + room)
+    assert len(kept) == 1 and counts["prompt too long"] == 1
+    with pytest.raises(ValueError, match="raise it"):
+        encode([pair], tokenizer, len(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_pairs(n=23):
+    g = torch.Generator().manual_seed(0)
+    ids = lambda: torch.randint(1, 40, (int(torch.randint(1, 12, (1,), generator=g)),), generator=g).tolist()
+    return [Pair([100 + i], ids(), ids(), 0, i % 2) for i in range(n)]
+
+
+def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own():
+    pairs, seen = token_pairs(), []
+    for epoch in range(2):
+        order = []
+        for step in range(epoch * 5, epoch * 5 + steps_per_epoch(pairs, 5)):
+            for batch in step_batches(pairs, step, 5, 2, seed=0, device="cpu"):
+                assert len(batch.h_w) <= 2
+                order += batch.rows.tokens[:, 0].tolist()
+        assert Counter(order) == Counter(range(100, 123))
+        seen.append(order)
+    assert seen[0] != seen[1]
+
+
+def test_a_step_is_sorted_and_carries_its_own_totals():
+    pairs, ref = token_pairs(), torch.arange(46.0).view(23, 2)
+    batches = list(step_batches(pairs, 1, 8, 3, seed=0, device="cpu", ref=ref))
+    widths = [b.rows.tokens.shape[1] for b in batches]
+    assert widths == sorted(widths) and [len(b.h_w) for b in batches] == [3, 3, 2]
+    assert {b.step_pairs for b in batches} == {8}
+    assert {b.step_tokens for b in batches} == {sum(len(b.rows.target) for b in batches)}
+    for b in batches:  # references and labels travel with their pairs
+        i = b.rows.tokens[:, 0] - 100
+        assert torch.equal(b.ref_w, ref[i, 0]) and torch.equal(b.ref_l, ref[i, 1]) and torch.equal(b.h_l, i % 2)
+
+
+def test_last_step_of_an_epoch_may_be_short():
+    batches = list(step_batches(token_pairs(), 2, 10, 10, seed=0, device="cpu"))
+    assert [len(b.h_w) for b in batches] == [3] and batches[0].step_pairs == 3

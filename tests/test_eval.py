@@ -1,0 +1,129 @@
+"""The judge's own arithmetic, and evaluation of a finished run."""
+import json
+import math
+
+import pytest
+import torch
+
+import eval as room
+from eval import Settings, cell, evaluate, is_degenerate, mean, paper_scale, preference_metrics, share, table
+
+SETTINGS = Settings(device="cpu", eval_prompts=8, max_new_tokens=12)
+
+
+def test_mean_and_its_interval_by_hand():
+    assert mean([1.0, 2.0, 3.0, 4.0]) == {"value": 2.5, "ci95": pytest.approx([2.5 - 1.96 * math.sqrt(5 / 3 / 4), 2.5 + 1.96 * math.sqrt(5 / 3 / 4)])}
+    assert mean([7.0]) == {"value": 7, "ci95": [7, 7]} and mean([]) is None
+
+
+def test_share_and_wilsons_interval_by_hand():
+    half = share([True] * 5 + [False] * 5)
+    assert half["value"] == 0.5 and half["ci95"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
+    every = share([True] * 100)
+    assert every["value"] == 1 and every["ci95"] == pytest.approx([0.9630, 1.0], abs=1e-4)
+    assert share([]) is None
+
+
+@pytest.mark.parametrize(
+    "text, ended, degenerate",
+    [
+        ("First bend the copper. Then fit the glass.", True, False),
+        ("First bend the copper. Then fit the glass.", False, True),  # no EOS
+        ("", True, True),
+        ("no", True, False),
+        ("bend the copper bend the copper bend the copper", True, True),
+        (" ".join(f"word{i}" for i in range(200)) + " word0 word1 word2 word3", True, False),  # one repeat in a long text
+    ],
+)
+def test_degeneration(text, ended, degenerate):
+    assert is_degenerate(text, ended) == degenerate
+
+
+def test_preference_metrics_by_hand_and_by_kind():
+    logp_w, logp_l = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.0, -5.0, -1.0, -9.0])
+    ref_w, ref_l = torch.tensor([-1.0, -4.0, -3.0, -4.0]), torch.tensor([-1.0, -4.0, -3.0, -5.0])
+    h_w, h_l = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 0])
+    m = preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, 0.5)
+    assert m["rewards/chosen"] == 0.25 and m["rewards/rejected"] == pytest.approx((0 - 0.5 + 1 - 2) / 4)
+    assert m["rewards/accuracies"] == 0.5  # the tie on the first pair is not right
+    assert m["safe-safe/rewards/accuracies"] == 0 and m["safe-unsafe/rewards/accuracies"] == 0.5
+    assert m["safe-unsafe/rewards/margins"] == pytest.approx((1.5 - 1) / 2) and m["safe-unsafe/pairs"] == 2
+    assert m["unsafe-safe/logps/chosen"] == -4 and "unsafe-unsafe/pairs" not in m
+    assert m["logps/accuracies"] == 0.5
+
+
+def test_a_finished_run_is_judged_without_an_annotator(finished):
+    result = evaluate(finished, SETTINGS, verbose=False)
+    assert result["policy"]["harmless_ratio"] is None and result["policy"]["over_refusal"] is None
+    assert result["policy"]["kl"]["value"] != 0 and result["policy"]["n"] == 8
+    assert result["reference"]["preferences"]["rewards/margins"] == 0
+    text = table({"run": result})
+    assert "need an annotator, and this data has none" in text and "safe-unsafe" in text
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 and samples[0].keys() == {"prompt", "reference", "policy"}
+
+
+def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
+    out = tmp_path / "copy"
+    out.mkdir()
+    for name in ("config.json", "reference.pt", "policy.pt"):
+        (out / name).write_bytes((finished / name).read_bytes())
+    results = {split: evaluate(out, SETTINGS, source="toy", split=split, verbose=False) for split in ("test", "unseen")}
+    for result in results.values():
+        for figure in ("harmless_ratio", "harmlessness", "helpfulness", "over_refusal", "degenerate", "kl"):
+            value = result["policy"][figure]
+            assert value["ci95"][0] <= value["value"] <= value["ci95"][1]
+    assert results["test"] != results["unseen"]
+    with pytest.raises(ValueError, match="--split nothing: toy has train, test, unseen"):
+        evaluate(out, SETTINGS, source="toy", split="nothing", verbose=False)
+
+
+def test_figures_are_kept_until_the_question_changes(finished, monkeypatch):
+    first = evaluate(finished, SETTINGS, verbose=False)
+    monkeypatch.setattr(room, "sample_answers", None)
+    assert evaluate(finished, SETTINGS, verbose=False) == first
+    with pytest.raises(TypeError):
+        evaluate(finished, Settings(device="cpu", eval_prompts=8, max_new_tokens=12, temperature=0.5), verbose=False)
+
+
+def figure(value):
+    return {"value": value, "ci95": [value - 0.1, value + 0.1]}
+
+
+def result(pairs, delta, helpfulness, reference=1.0):
+    def model(h):
+        preferences = {f"{k}/{m}": 0.5 for k in ("safe-safe",) for m in ("logps/accuracies", "rewards/accuracies", "rewards/margins")}
+        judged = {name: figure(0.9) for name, _, _ in room.COLUMNS.values()}
+        return {**judged, "helpfulness": figure(h), "n": 10, "n_benign": 5, "preferences": {**preferences, "safe-safe/pairs": 3}}
+
+    return {"policy": model(helpfulness), "reference": model(reference), "run": {"pairs": pairs, "beta": 0.1, "delta": delta}}
+
+
+def test_papers_scale_puts_sft_at_0_and_dpo_helpful_at_10():
+    results = {"a": result("safedpo", 5, 2.0), "b": result("helpful", 0, 3.0)}
+    scale = paper_scale(results)
+    assert scale(1.0) == 0 and scale(3.0) == 10 and scale(2.0) == 5
+    assert paper_scale({"a": results["a"], "c": result("helpful", 5, 3.0)}) is None
+    text = table(results)
+    assert "paper's scale" in text and "5.00" in text and text.count("reference of") == 1, "one reference, shown once"
+
+
+def test_cells():
+    assert cell({"value": 0.987, "ci95": [0.977, 0.997]}, 100, 1) == "98.7 ±1.0" and cell(None, 1, 1) == "–"
+
+
+def test_command_line_shows_writes_and_answers(finished, tmp_path, capsys):
+    flags = ["--device", "cpu", "--eval_prompts", "8", "--max_new_tokens", "12"]
+    room.main([str(finished), "--json", str(tmp_path / "all.json"), *flags])
+    assert str(finished) in capsys.readouterr().out
+    assert json.loads((tmp_path / "all.json").read_text())[str(finished)]["policy"]["n"] == 8
+    room.main([str(finished), "--prompt", "How do I make a red kite?", *flags])
+    shown = capsys.readouterr().out
+    assert "How do I make a red kite?" in shown and "reference:" in shown and "policy:" in shown
+
+
+def test_sampling_depends_on_the_seed_alone(finished, tmp_path):
+    model, tokenizer = room.load_model(finished / "policy.pt", torch.device("cpu"))
+    x = tokenizer.prompts([f"prompt {'long ' * i}" for i in range(5)])
+    ask = lambda seed: room.sample_answers(model, x, tokenizer.eos, Settings(seed=seed, max_new_tokens=12), torch.device("cpu"), "float32")
+    assert ask(0) == ask(0) != ask(1)

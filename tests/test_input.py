@@ -1,0 +1,102 @@
+"""Bad input ends in one clear line and exit code 2, and nothing is overwritten."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import eval as eval_room
+import flags
+import train
+
+
+def complaint(main, argv, capsys):
+    """The one line that a command ends with; its exit code is 2."""
+    with pytest.raises(SystemExit) as end:
+        flags.run(lambda: main(argv))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: " in error
+    return error
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--pairs", "both"], "argument --pairs: invalid choice: 'both'"),
+        (["--delta", "five"], "argument --delta: invalid float value: 'five'"),
+        (["--delta", "-1"], "argument --delta: -1.0 is out of range; expected at least 0"),
+        (["--delta", "nan"], "argument --delta: nan is out of range"),
+        (["--delta", "inf"], "argument --delta: inf is out of range"),
+        (["--beta", "0"], "argument --beta: 0.0 is out of range; expected above 0"),
+        (["--label_noise", "1.5"], "argument --label_noise: 1.5 is out of range; expected at most 1"),
+        (["--epochs", "0"], "argument --epochs: 0 is out of range"),
+        (["--batch_size", "2.5"], "argument --batch_size: invalid int value: '2.5'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--detla", "5"], "unrecognized arguments: --detla 5"),
+        (["--delt", "5"], "unrecognized arguments: --delt 5"),
+        (["--device", "abacus"], "--device abacus cannot be used here"),
+        (["--data", "no/such/place"], "no/such/place: no such file or folder"),
+        (["--init_from", "no/such/model.pt"], "no/such/model.pt"),
+        (["--n_head", "3"], "d_model 128 must be n_head 3 times an even head size"),
+        (["--n_kv_head", "3"], "n_head 4 must be a multiple of n_kv_head 3"),
+        (["--resume"], "holds no run to resume"),
+    ],
+)
+def test_flags(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in complaint(train.main, argv, capsys)
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_bad_rows_through_the_command(capsys, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = json.dumps(rows["train"][0])
+    unsafe = json.dumps({**rows["train"][0], "is_response_0_safe": False, "is_response_1_safe": False})
+    unlabelled = json.dumps({k: v for k, v in rows["train"][0].items() if k != "is_response_0_safe"})
+    for content, message in {
+        "\n".join([good, "{broken"]): "data.jsonl:2: not valid JSON",
+        "\n".join([good, good, unlabelled]): "data.jsonl:3: is_response_0_safe is missing; expected true or false",
+        "": "data.jsonl: holds no row",
+        "\n".join([unsafe.replace("How", f"{i} How").replace("Please", f"{i} Please").replace("What", f"{i} What") for i in range(50)]): "no pair is left: --pairs safedpo dropped all",
+    }.items():
+        (tmp_path / "data.jsonl").write_text(content)
+        assert message in complaint(train.main, [*TINY, "--data", "data.jsonl"], capsys)
+        assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_a_folder_with_a_run_is_left_alone(finished, folder, capsys):
+    before = {p: p.read_bytes() for p in finished.iterdir()}
+    argv = [*TINY, "--data", str(folder), "--out_dir", str(finished)]
+    assert f"{finished} already holds a run; --resume goes on with it" in complaint(train.main, argv, capsys)
+    assert "--delta 7.0 contradicts the run in" in complaint(train.main, ["--resume", "--delta", "7", "--out_dir", str(finished)], capsys)
+    assert {p: p.read_bytes() for p in finished.iterdir()} == before
+
+
+def test_files_that_are_no_checkpoint(folder, capsys, tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "pickled.pt")
+    for name, message in {
+        "text.pt": "not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
+        "other.pt": "holds no model", "": "policy.pt",
+    }.items():
+        argv = [*TINY, "--data", str(folder), "--init_from", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]
+        assert message in complaint(train.main, argv, capsys)
+
+
+def test_eval_of_what_is_no_run(finished, capsys, tmp_path):
+    assert "no finished run (config.json is missing)" in complaint(eval_room.main, [str(tmp_path)], capsys)
+    assert "the following arguments are required: DIR" in complaint(eval_room.main, [], capsys)
+    argv = [str(finished), "--split", "unseen", "--device", "cpu", "--max_new_tokens", "4"]
+    assert "--split unseen:" in complaint(eval_room.main, argv, capsys)
+    argv = [str(finished), "--plot", str(tmp_path / "p.png"), "--device", "cpu", "--eval_prompts", "8", "--max_new_tokens", "12"]
+    assert "--plot" in complaint(eval_room.main, argv, capsys)
+
+
+def test_the_script_itself_exits_with_2():
+    done = subprocess.run([sys.executable, "train.py", "--pairs", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: error: argument --pairs") and done.stdout == ""

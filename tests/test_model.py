@@ -1,0 +1,248 @@
+"""The transformer against plain recomputation: the packed row, the chunks, the cache, the parts."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as room
+from model import Attention, ModelConfig, RMSNorm, Transformer, pack_rows, rotate, sample, token_logps, visible_keys
+from safedpo import response_logps
+
+VOCAB, EOS = 50, 49
+
+
+def make(seed=0, **sizes):
+    torch.manual_seed(seed)
+    config = dict(vocab_size=VOCAB, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48)
+    net = Transformer(ModelConfig(**{**config, **sizes}))
+    for p in net.parameters():  # far enough from 0 for attention and positions to matter
+        torch.nn.init.normal_(p, std=0.25) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    return net
+
+
+def examples(seed=0, n=5):
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda low, high: torch.randint(0, EOS, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+    return [(ids(1, 9), [ids(0, 7) + [EOS], ids(0, 12) + [EOS]]) for _ in range(n)]
+
+
+def plain_logits(net, ids):
+    """One sequence alone, causal, positions 0, 1, 2, …: (1, T, V)."""
+    T = len(ids)
+    hidden = net.hidden(torch.tensor([ids]), torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
+    return net.head(hidden)
+
+
+def plain_logps(net, rows):
+    """Each answer behind its own copy of the prompt, through safedpo.response_logps."""
+    out = []
+    for x, answers in rows:
+        for y in answers:
+            mask = torch.tensor([[0] * len(x) + [1] * len(y)])
+            out.append(response_logps(plain_logits(net, x + y), torch.tensor([x + y]), mask)[0])
+    return torch.stack(out)
+
+
+def gradients(net, value):
+    return torch.autograd.grad(value, list(net.parameters()))
+
+
+VARIANTS = [{}, {"tied_head": False}, {"qkv_bias": True}, {"n_kv_head": 4}, {"n_kv_head": 1}]
+
+
+@pytest.mark.parametrize("sizes", VARIANTS, ids=str)
+def test_packed_rows_equal_separate_sequences(sizes):
+    net, rows = make(**sizes), examples()
+    packed, plain = net(pack_rows(rows)), plain_logps(net, rows)
+    torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
+    weight = torch.linspace(-1, 1, len(plain))
+    for a, b in zip(gradients(net, (packed * weight).sum()), gradients(net, (plain * weight).sum())):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_row_order_batch_mates_and_padding_change_nothing():
+    net, rows = make(), examples(n=6)
+    together = net(pack_rows(rows)).view(6, 2)
+    backwards = net(pack_rows(rows[::-1])).view(6, 2).flip(0)
+    alone = torch.stack([net(pack_rows([row])) for row in rows])
+    longest = net(pack_rows(rows + [([1] * 40, [[2] * 40 + [EOS], [EOS]])])).view(7, 2)[:6]
+    for other in (backwards, alone, longest):
+        torch.testing.assert_close(other, together, rtol=1e-5, atol=1e-5)
+
+
+def test_the_other_answer_is_invisible():
+    net = make()
+    x, y = [1, 2, 3], [4, 5, EOS]
+    for other in ([6, EOS], [7] * 20 + [EOS]):
+        first, second = net(pack_rows([(x, [y, other])]))[0], net(pack_rows([(x, [other, y])]))[1]
+        torch.testing.assert_close(first, second)
+        torch.testing.assert_close(first, net(pack_rows([(x, [y])]))[0])
+
+
+def test_row_layout_as_documented():
+    rows = pack_rows([([1, 2, 3, 4], [[5, 6, 7, 9], [8, 8, 9]]), ([1], [[9], [9]])])
+    assert rows.tokens[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8, 8, 9]
+    assert rows.branch[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert rows.position[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6]
+    assert rows.source.tolist() == [3, 4, 5, 6, 3, 8, 9, 11, 11]  # both first tokens come from the last prompt token
+    assert rows.target.tolist() == [5, 6, 7, 9, 8, 8, 9, 9, 9]
+    assert rows.answer.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 3] and rows.length.tolist() == [4, 3, 1, 1]
+    visible = visible_keys(rows.branch)[0, 0]
+    assert visible[10].tolist() == [True] * 4 + [False] * 4 + [True] * 3
+    assert visible[5].tolist() == [True] * 6 + [False] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_chunked_logps_equal_plain_ones(monkeypatch):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(37, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
+    target, weight = torch.randint(0, VOCAB, (37,)), torch.randn(37)
+    plain = F.linear(hidden, head).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    expected = torch.autograd.grad((plain * weight).sum(), (hidden, head))
+    for at_once in (1, 5 * VOCAB, 10**9):
+        monkeypatch.setattr(room, "LOGITS_AT_ONCE", at_once)
+        chunked = token_logps(hidden, head, target)
+        torch.testing.assert_close(chunked, plain)
+        for a, b in zip(torch.autograd.grad((chunked * weight).sum(), (hidden, head)), expected):
+            torch.testing.assert_close(a, b)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor made under it had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def test_all_logits_are_never_held(monkeypatch):
+    monkeypatch.setattr(room, "LOGITS_AT_ONCE", 20 * 3000)
+    net = make(vocab_size=3000, d_model=16, d_ff=16)
+    rows = pack_rows([([1, 2], [[3] * 100, [4] * 100])])
+    with Largest() as largest:
+        net(rows).sum().backward()
+    assert largest.elements < 200 * 3000 / 2  # 200 answer tokens; a chunk holds 20
+
+
+def test_bf16_autocast_keeps_log_probs_in_float32():
+    net, rows = make(), pack_rows(examples())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net(rows)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, net(rows), rtol=0.1, atol=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def recomputed(net, x, steps, pick):
+    """Sampling without a cache: the whole sequence through the model for every token."""
+    ids = list(x)
+    for _ in range(steps):
+        ids.append(int(pick(plain_logits(net, ids)[:, -1])))
+        if ids[-1] == EOS:
+            break
+    return ids[len(x) :]
+
+
+@pytest.mark.parametrize("sizes", VARIANTS, ids=str)
+def test_cached_greedy_sampling_equals_recomputation(sizes):
+    net = make(**sizes)
+    prompts = [x for x, _ in examples(seed=3, n=8)]
+    answers = net.generate(prompts, 12, EOS, temperature=0)
+    assert answers == [recomputed(net, x, 12, lambda logits: logits.argmax(-1)) for x in prompts]
+
+
+def test_cached_random_sampling_equals_recomputation():
+    net = make()
+    for seed, top_p in ((0, 1.0), (1, 0.7)):
+        g = torch.Generator().manual_seed(seed)
+        expected = recomputed(net, [1, 2, 3], 20, lambda logits: sample(logits, 1.3, top_p, g))
+        assert net.generate([[1, 2, 3]], 20, EOS, 1.3, top_p, torch.Generator().manual_seed(seed)) == [expected]
+
+
+def test_sampling_stops_at_eos_each_row_for_itself():
+    net = make()
+    prompts = [[i] for i in range(12)]
+    full = net.generate(prompts, 30, eos=-1, temperature=0)
+    eos = full[0][5]
+    for y, free in zip(net.generate(prompts, 30, eos, temperature=0), full):
+        assert y == (free[: free.index(eos) + 1] if eos in free else free)
+    assert all(len(y) == 30 for y in full)
+
+
+def test_top_p_keeps_the_smallest_sufficient_set():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    for top_p, kept in ((0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
+        drawn = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0))
+        assert set(drawn.tolist()) == set(range(kept))
+    share = (drawn == 0).float().mean().item()
+    assert share == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 4000))
+
+
+def test_temperature_sharpens():
+    logits = torch.tensor([[0.6, 0.4]]).log().repeat(4000, 1)
+    cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))
+    assert (cold == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rms_norm_against_torch():
+    norm, x = RMSNorm(16, 1e-5), torch.randn(3, 16)
+    torch.nn.init.uniform_(norm.weight)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, 1e-5))
+    assert norm(torch.full((1, 16), 1e4, dtype=torch.float16)).isfinite().all()
+
+
+def test_rotation_turns_by_angle_and_keeps_lengths():
+    x, angle = torch.randn(1, 1, 1, 4), torch.tensor([0.3, 1.1])
+    turned = rotate(x, angle.cos(), angle.sin())[0, 0, 0]
+    for i in range(2):  # plane i is (x_i, x_{i + D/2})
+        before, after = complex(x[0, 0, 0, i], x[0, 0, 0, i + 2]), complex(turned[i], turned[i + 2])
+        assert abs(after - before * complex(math.cos(angle[i]), math.sin(angle[i]))) < 1e-6
+
+
+def test_only_relative_positions_matter():
+    net, tokens = make(), torch.tensor([[1, 2, 3, 4]])
+    mask, position = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(), torch.arange(4)[None]
+    torch.testing.assert_close(net.hidden(tokens, position, mask), net.hidden(tokens, position + 7, mask), rtol=1e-4, atol=1e-4)
+    swapped = net.hidden(tokens, position.flip(1), mask)
+    assert (swapped - net.hidden(tokens, position, mask)).abs().max() > 1e-2
+
+
+def test_attention_against_a_plain_loop():
+    torch.manual_seed(0)
+    config = ModelConfig(VOCAB, n_head=4, n_kv_head=2, d_model=16, qkv_bias=True)
+    layer, x = Attention(config), torch.randn(1, 5, 16)
+    visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    qkv = layer.qkv(x)[0].view(5, 8, 4)  # 4 query heads, 2 key heads, 2 value heads, of size 4
+    heads = []
+    for h in range(4):
+        q, k, v = qkv[:, h], qkv[:, 4 + h // 2], qkv[:, 6 + h // 2]
+        scores = (q @ k.T / 2).masked_fill(~visible[0, 0], -torch.inf)
+        heads.append(scores.softmax(-1) @ v)
+    still = torch.ones(1, 1, 5, 2), torch.zeros(1, 1, 5, 2)  # no rotation
+    torch.testing.assert_close(layer(x, still, visible)[0], layer.out(torch.cat(heads, -1)))
+
+
+def test_tied_head_is_the_embedding():
+    tied, separate = make(), make(tied_head=False)
+    assert tied.head.weight is tied.embedding.weight and separate.head.weight is not separate.embedding.weight
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="n_kv_head 3"):
+        ModelConfig(VOCAB, n_head=4, n_kv_head=3)
+    with pytest.raises(ValueError, match="d_model 130"):
+        ModelConfig(VOCAB, n_head=4, d_model=130)

@@ -1,0 +1,225 @@
+"""Training: one step's mathematics, then whole runs of a tiny model."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY
+
+import data
+import train
+from eval import load_model, log_probs
+from flags import autocast
+from model import ModelConfig, Transformer
+from safedpo import Pair
+
+CPU = torch.device("cpu")
+PLAIN = autocast(CPU, "float32")
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(60, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=24))
+
+
+def token_pairs(n=8, seed=0, kinds=((0, 0), (0, 1))):
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda: torch.randint(0, 60, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g).tolist()
+    return [Pair(ids(), ids(), ids(), *kinds[i % len(kinds)]) for i in range(n)]
+
+
+def reference(model, pairs):
+    return log_probs(model, [(p.x, [p.y_w, p.y_l]) for p in pairs], CPU, "float32")
+
+
+def step(model, optimizer, pairs, ref, micro=8, beta=0.1, delta=5.0, number=0, loss=None):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batches = data.step_batches(pairs, number, len(pairs), micro, 0, CPU, ref)
+    return train.train_step(model, optimizer, scaler, batches, loss or train.preference_loss(beta, delta), 1.0, PLAIN)
+
+
+def optimizer_of(model, lr=1e-3):
+    optimizer = train.make_optimizer(model, 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return optimizer
+
+
+@pytest.mark.parametrize("delta", [0.0, 5.0])
+def test_first_loss_is_ln_2_and_softplus_of_delta(delta):
+    for kinds, expected in ((((0, 0),), math.log(2)), (((0, 1),), math.log1p(math.exp(delta)))):
+        model, pairs = make(), token_pairs(kinds=kinds)
+        loss, _, _ = step(model, optimizer_of(model), pairs, reference(model, pairs), micro=3, delta=delta)
+        assert loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", [None, train.sft_loss], ids=["safedpo", "sft"])
+def test_micro_batches_are_one_batch(loss):
+    results = []
+    for micro in (1, 3, 8):
+        model, pairs = make(), token_pairs()
+        value, norm, _ = step(model, optimizer_of(model), pairs, reference(model, pairs) - 1, micro, loss=loss)
+        results.append((value, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    for value, norm, weights in results[:2]:
+        assert value == pytest.approx(results[2][0], abs=1e-6) and norm == pytest.approx(results[2][1], rel=1e-5)
+        torch.testing.assert_close(weights, results[2][2], rtol=0, atol=1e-6)
+
+
+def test_sft_loss_is_the_mean_over_answer_tokens():
+    model, pairs = make(), token_pairs()
+    total = reference(model, pairs).sum().item()
+    value, _, figures = step(model, optimizer_of(model), pairs, None, loss=train.sft_loss)
+    assert figures is None
+    assert value == pytest.approx(-total / sum(len(p.y_w) + len(p.y_l) for p in pairs), rel=1e-5)
+
+
+def test_the_loss_reads_the_reference_given():
+    model, pairs = make(), token_pairs()
+    ref = reference(model, pairs)
+    losses = [step(make(), optimizer_of(make()), pairs, r)[0] for r in (ref, ref + torch.tensor([3.0, -3.0]))]
+    assert losses[1] > losses[0] + 0.1
+
+
+def test_rewards_do_not_contain_delta():
+    figures = []
+    for delta in (0.0, 7.0):
+        model, pairs = make(), token_pairs()
+        figures.append(step(model, optimizer_of(model), pairs, reference(model, pairs) - 2, delta=delta)[2])
+    assert torch.equal(*figures)
+
+
+@pytest.mark.parametrize("kinds", [((0, 0),), ((0, 1),), ((1, 0),)], ids=str)
+def test_overfitting_a_few_pairs_raises_their_margin(kinds):
+    model, pairs = make(), token_pairs(4, kinds=kinds)
+    ref, optimizer = reference(model, pairs), optimizer_of(model, 3e-3)
+    losses = [step(model, optimizer, pairs, ref, delta=2.0, number=n)[0] for n in range(80)]
+    after = reference(model, pairs)
+    assert losses[-1] < 0.3 * losses[0]
+    assert ((after - ref)[:, 0] > (after - ref)[:, 1] + 1).all()
+
+
+def test_a_larger_delta_pulls_harder():
+    norms = []
+    for delta in (0.0, 2.0, 10.0):
+        model, pairs = make(), token_pairs(kinds=((0, 1),))
+        norms.append(step(model, optimizer_of(model), pairs, reference(model, pairs), delta=delta)[1])
+    assert norms == sorted(norms) and norms[2] / norms[0] == pytest.approx(2, rel=1e-3)  # σ(Δ) from ½ to 1
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step():
+    model, pairs = make(), token_pairs()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        step(model, optimizer_of(model), pairs, torch.full((8, 2), torch.nan))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [train.learning_rate(s, 100, 2.0, 0.1) for s in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0 and rates[100] == pytest.approx(0)
+    assert rates[55] == pytest.approx(1.0) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert train.learning_rate(0, 1, 2.0, 0.0) == 2.0 and train.learning_rate(0, 1, 2.0, 1.0) == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out, name="policy.pt"):
+    return torch.cat([p.detach().flatten() for p in load_model(out / name, CPU)[0].parameters()])
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["delta"] == 5 and config["dtype"] == "float32" and config["device"] == "cpu"
+    result = json.loads((finished / "eval.json").read_text())
+    assert {"policy", "reference"} <= result.keys() and result["policy"]["n"] == 8
+    assert result["reference"]["kl"]["value"] == 0
+    metrics = [m for m in lines(finished) if m["stage"] == "safedpo"]
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    names = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
+             "rewards/accuracies", "logps/chosen", "logps/rejected", "safe-safe/rewards/margins", "safe-unsafe/logps/chosen"}
+    assert names <= metrics[0].keys()
+    assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    unsafe = metrics[0]["safe-unsafe/pairs"] / 16
+    assert metrics[0]["loss"] == pytest.approx(unsafe * math.log1p(math.exp(5)) + (1 - unsafe) * math.log(2), abs=1e-4)
+    assert not torch.equal(weights(finished), weights(finished, "reference.pt"))
+
+
+def test_same_seed_same_run_to_the_bit(finished, folder, tmp_path):
+    for seed in ("0", "1"):
+        train.main([*TINY, "--data", str(folder), "--delta", "5", "--seed", seed, "--out_dir", str(tmp_path / seed)])
+    assert torch.equal(weights(tmp_path / "0"), weights(finished))
+    assert (tmp_path / "0" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert not torch.equal(weights(tmp_path / "1"), weights(finished))
+
+
+@pytest.mark.parametrize("stage, stop", [("sft", 4), ("safedpo", 1), ("safedpo", 3)])
+def test_a_stopped_run_resumes_to_the_bit(finished, folder, tmp_path, monkeypatch, stage, stop):
+    flags = [*TINY, "--data", str(folder), "--delta", "5", "--out_dir", str(tmp_path / "run"), "--save_every", "2"]
+    keep_going, count = train.train_step, 0
+
+    def stops(model, optimizer, scaler, batches, loss_function, *rest):
+        nonlocal count
+        count += (loss_function is train.sft_loss) == (stage == "sft")
+        if count > stop:
+            raise KeyboardInterrupt
+        return keep_going(model, optimizer, scaler, batches, loss_function, *rest)
+
+    monkeypatch.setattr(train, "train_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags)
+    monkeypatch.setattr(train, "train_step", keep_going)
+    train.main([*flags, "--resume"])
+    assert torch.equal(weights(tmp_path / "run"), weights(finished))
+    assert lines(tmp_path / "run") == lines(finished)
+
+
+def test_resume_of_a_finished_run_trains_nothing(finished, capsys):
+    before = (finished / "policy.pt").stat().st_mtime_ns
+    train.main(["--resume", "--out_dir", str(finished)])
+    assert (finished / "policy.pt").stat().st_mtime_ns == before
+    assert "harmless" in capsys.readouterr().out
+
+
+def test_a_reference_with_the_same_settings_is_reused(finished, folder, capsys):
+    out = finished.parent / "delta0"
+    train.main([*TINY, "--data", str(folder), "--delta", "0", "--out_dir", str(out)])
+    assert f"reference: {finished / 'reference.pt'}, trained earlier with the same settings" in capsys.readouterr().out
+    assert {m["stage"] for m in lines(out)} == {"safedpo"}
+    assert torch.equal(weights(out, "reference.pt"), weights(finished, "reference.pt"))
+    other = finished.parent / "other-sft"
+    train.main([*TINY, "--data", str(folder), "--sft_lr", "0.001", "--out_dir", str(other)])
+    assert {m["stage"] for m in lines(other)} == {"sft", "safedpo"}
+
+
+def test_init_from_a_checkpoint_skips_sft(finished, folder, tmp_path):
+    for source in (finished, finished / "policy.pt"):
+        out = tmp_path / source.name
+        train.main([*TINY, "--data", str(folder), "--init_from", str(source), "--out_dir", str(out)])
+        assert torch.equal(weights(out, "reference.pt"), weights(finished))
+        assert {m["stage"] for m in lines(out)} == {"safedpo"}
+
+
+def test_every_pair_choice_and_label_noise_run(finished, folder, tmp_path):
+    for flags in (["--pairs", "helpful"], ["--pairs", "harmless"], ["--pairs", "safebetter"], ["--pairs", "noswap"], ["--label_noise", "0.3"]):
+        out = tmp_path / "-".join(flags)
+        train.main([*TINY, "--data", str(folder), "--init_from", str(finished / "reference.pt"), "--out_dir", str(out), *flags])
+        delta = json.loads((out / "config.json").read_text())["delta"]
+        assert delta == (5 if flags[1] in ("noswap", "0.3") else 0), "a baseline has no margin unless asked for"
+        kinds = {name.split("/")[0] for m in lines(out) for name in m if name.endswith("/pairs")}
+        assert ("unsafe-safe" in kinds) == (flags[1] in ("helpful", "noswap"))
+        assert ("unsafe-unsafe" in kinds) == (flags[1] in ("helpful", "harmless"))
+
+
+def test_out_dir_follows_from_the_flags():
+    name = lambda *flags: train.run_name(train.parse(train.Config, list(flags)))
+    assert name() == "toy-safedpo" and name("--delta", "5") == "toy-safedpo-delta5"
+    runs = [[], ["--delta", "5"], ["--delta", "0.5"], ["--pairs", "helpful"], ["--lr", "1e-3"], ["--seed", "1"], ["--data", "a/b"]]
+    assert len({name(*flags) for flags in runs}) == len(runs)
+    assert name("--delta", "5", "--resume") == name("--delta", "5") == name("--delta", "5.0")
+    assert "/" not in name("--data", "../a/b", "--init_from", "/c/d")
