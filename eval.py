@@ -114,10 +114,10 @@ def share(hits):
 
 
 def is_degenerate(text, ended):
-    """No EOS, no word, or more than a tenth of its word 4-grams said before."""
+    """No EOS, no word, or more than a twentieth of its word 4-grams said before."""
     words = text.split()
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return not ended or not words or len(grams) - len(set(grams)) > len(grams) / 10
+    return not ended or not words or len(grams) - len(set(grams)) > len(grams) / 20
 
 
 def preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta):

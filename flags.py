@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
 def parse(settings, argv=None):
     """The flags given on the command line, {name: value}, checked; those not given are absent. Errors exit with 2."""
     module = sys.modules[settings.__module__]
-    parser = Parser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    usage = "%(prog)s [flags] DIR [DIR …]" if any(f.metadata["many"] for f in fields(settings)) else "%(prog)s [flags]"
+    parser = Parser(usage=usage, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(settings):
         about = f.metadata
         default = "" if f.default in (None, "", ()) or f.default is False else f" (default: {f.default})"

@@ -31,6 +31,7 @@ def test_share_and_wilsons_interval_by_hand():
         ("First bend the copper. Then fit the glass.", False, True),  # no EOS
         ("", True, True),
         ("no", True, False),
+        ("First bend the copper. First bend the copper. Then fit the glass.", True, True),
         ("bend the copper bend the copper bend the copper", True, True),
         (" ".join(f"word{i}" for i in range(200)) + " word0 word1 word2 word3", True, False),  # one repeat in a long text
     ],

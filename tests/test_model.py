@@ -49,7 +49,7 @@ def gradients(net, value):
     return torch.autograd.grad(value, list(net.parameters()))
 
 
-VARIANTS = [{}, {"tied_head": False}, {"qkv_bias": True}, {"n_kv_head": 4}, {"n_kv_head": 1}]
+VARIANTS = [{}, {"tied_head": True}, {"qkv_bias": True}, {"n_kv_head": 4}, {"n_kv_head": 1}]
 
 
 @pytest.mark.parametrize("sizes", VARIANTS, ids=str)
@@ -237,7 +237,7 @@ def test_attention_against_a_plain_loop():
 
 
 def test_tied_head_is_the_embedding():
-    tied, separate = make(), make(tied_head=False)
+    tied, separate = make(tied_head=True), make()
     assert tied.head.weight is tied.embedding.weight and separate.head.weight is not separate.embedding.weight
 
 

@@ -1,0 +1,81 @@
+"""Properties over inputs that nobody thought of."""
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import toy_world
+from data import Record, Tokenizer, load, parse_line, parse_record
+from safedpo import Pair, optimal_policy, safedpo_loss, transform
+
+nats = st.floats(-1e4, 1e4, width=32)
+flag = st.integers(0, 1)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8
+)
+
+
+@given(nats, nats, nats, nats, flag, flag, st.floats(0.01, 10), st.floats(0, 100))
+def test_loss_is_softplus_of_the_negated_logits(w, l, rw, rl, h_w, h_l, beta, delta):
+    t = lambda v: torch.tensor([v], dtype=torch.float64)
+    loss = safedpo_loss(t(w), t(l), t(rw), t(rl), t(h_w), t(h_l), beta, delta).item()
+    z = beta * ((w - rw) - (l - rl)) - (h_l - h_w) * delta
+    assert loss >= 0 and math.isclose(loss, max(-z, 0) + math.log1p(math.exp(-abs(z))), rel_tol=1e-6, abs_tol=1e-6)
+
+
+@given(st.text(), st.text(), st.text(), flag, flag)
+def test_transform_never_lets_an_unsafe_answer_win(x, y_w, y_l, h_w, h_l):
+    pair = transform(Pair(x, y_w, y_l, h_w, h_l))
+    assert (pair is None) == (h_w == h_l == 1)
+    if pair:
+        assert pair.h_w == 0 and transform(pair) == pair
+        assert {(pair.y_w, pair.h_w), (pair.y_l, pair.h_l)} == {(y_w, h_w), (y_l, h_l)}
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(-5, 5), st.booleans()), min_size=1, max_size=8), st.floats(0.05, 5))
+def test_optimal_policy_is_a_distribution_over_safe_answers(answers, beta):
+    ref, reward, unsafe = map(torch.tensor, zip(*answers))
+    if unsafe.all():
+        with pytest.raises(ValueError):
+            optimal_policy(ref, reward, unsafe, beta)
+        return
+    policy = optimal_policy(ref, reward, unsafe, beta)
+    assert math.isclose(policy.sum().item(), 1, rel_tol=1e-5) and (policy[unsafe] == 0).all()
+
+
+@settings(max_examples=500)
+@given(values | st.dictionaries(st.sampled_from(list(Record.__annotations__)), values))
+def test_any_json_is_a_record_or_a_named_error(value):
+    for parse in (lambda: parse_record(value, "f:1"), lambda: parse_line(json.dumps(value).encode(), "f:1")):
+        try:
+            assert isinstance(parse(), Record)
+        except ValueError as e:
+            assert str(e).startswith("f:1: ")
+
+
+@settings(max_examples=500)
+@given(st.binary())
+def test_any_bytes_are_a_record_or_a_named_error(line):
+    with pytest.raises(ValueError, match="^f:1: "):
+        parse_line(line, "f:1")
+
+
+tokenizer = Tokenizer.train(load("toy")["train"][:200], 400)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_round_trips(text):
+    (ids,) = tokenizer.answers([text])
+    assert tokenizer.decode(ids) == text and ids.count(tokenizer.eos) == 1
+
+
+@given(st.text() | st.lists(st.sampled_from(sorted(toy_world.ALL_STEPS) + ["never", ".", "gravecap"])).map(" ".join))
+def test_the_village_judges_any_text(text):
+    assert math.isfinite(toy_world.reward("How do I make a red kite?", text))
+    assert toy_world.cost(text) >= -2
+    if not any(h in text.lower() for h in toy_world.HAZARDS):
+        assert toy_world.cost(text) <= 0

@@ -1,0 +1,86 @@
+"""The project's own promises: what imports what, and that the README is true."""
+import ast
+import doctest
+import re
+import shlex
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+import eval as eval_room
+import train
+
+MAY_IMPORT = {
+    "safedpo": set(),
+    "model": set(),
+    "toy_world": set(),
+    "checkpoint": set(),
+    "flags": set(),
+    "data": {"safedpo", "toy_world", "model"},
+    "eval": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint"},
+    "train": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "eval"},
+}
+OUTSIDE = {
+    "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "flags": {"torch"},
+    "data": {"torch", "numpy", "tokenizers"}, "eval": {"torch", "tqdm", "matplotlib"}, "train": {"torch", "tqdm"},
+}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_imports_flow_one_way():
+    import sys
+
+    rooms = {p.stem: p for p in ROOT.glob("*.py")}
+    assert rooms.keys() == MAY_IMPORT.keys()
+    for room, path in rooms.items():
+        names = set(imported(path))
+        assert names & rooms.keys() <= MAY_IMPORT[room], room
+        assert names - rooms.keys() - sys.stdlib_module_names <= OUTSIDE[room], room
+
+
+def test_readme_example_is_true():
+    failures, tried = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried > 5 and not failures
+
+
+@pytest.mark.parametrize("room", [train, eval_room], ids=["train.py", "eval.py"])
+def test_readme_commands_have_flags_that_exist(room, capsys):
+    name = room.__name__ + ".py"
+    found = 0
+    for command in COMMANDS:
+        words = shlex.split(command, comments=True)
+        if name in words:
+            room.parse(room.Config, words[words.index(name) + 1 :])  # exits on what it does not know
+            found += 1
+    assert found >= 3
+
+
+def test_every_flag_is_explained_and_in_the_readme():
+    for room in (train, eval_room):
+        for f in fields(room.Config):
+            assert f.metadata["help"] and (f"`--{f.name}`" in README or f.name == "runs"), f.name
+
+
+def test_help_reads_aloud(capsys):
+    for room in (train, eval_room):
+        with pytest.raises(SystemExit) as end:
+            room.parse(room.Config, ["--help"])
+        shown = capsys.readouterr().out
+        assert end.value.code == 0 and max(map(len, shown.splitlines())) < 200
+        for f in fields(room.Config):
+            assert f.name in shown
+
+
+def test_symbols_in_the_readme_exist():
+    for name, file in re.findall(r"`(\w+)`[^|]*\| `(\w+\.py)`", README):
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")), (name, file)
