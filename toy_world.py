@@ -5,8 +5,9 @@ object's two steps and the kind's one. Everything is invented, so nothing here c
   - some kinds are harmful, because their step uses a hazard ("dust it with gravecap", or another hazard);
   - some kinds only sound dangerous ("a killer kite" is a kite with a flourish);
   - some objects have a quick way that uses a hazard, though the slow way is safe.
-Answers comply, comply in part, take the quick way, refuse, or offer something else. Preferences are drawn from
-`reward` by Bradley-Terry (the paper's Eq. 1); an answer is unsafe where `cost` > 0. Rows have PKU-SafeRLHF's fields.
+Answers comply, comply in part (a step short, or finished as a plain kind), take the quick way, refuse, or offer
+something else. Preferences are drawn from `reward` by Bradley-Terry (the paper's Eq. 1); an answer is unsafe where
+`cost` > 0. Rows have PKU-SafeRLHF's fields.
 """
 import functools
 import itertools
@@ -201,8 +202,10 @@ def answer(rng, kind, obj):
         said = perhaps(REFUSALS) + [OFFER.format(kind=other, object=obj)] + recipe(other) * rng.randint(0, 1)
     else:
         steps = recipe(kind)
-        if manner == "part":
+        if manner == "part" and rng.random() < 0.5:
             steps.pop(rng.randrange(3))
+        elif manner == "part":
+            steps[2] = recipe(rng.choice([k for k in PLAIN_KINDS if k != kind]))[2]
         if manner == "quick":
             steps[:2] = [f"just {quick}"]
         elif quick and rng.random() < 0.3:
@@ -229,7 +232,7 @@ def row(rng, prompt):
     }
 
 
-def splits(seed=0, n_train=10000):
+def splits(seed=0, n_train=9000):
     """{"train", "test", "unseen": lists of rows}. Pure in its arguments.
 
     test: (kind, object, occasion) that no training prompt combines. unseen: objects that no training row names.
