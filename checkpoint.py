@@ -1,4 +1,5 @@
-"""One way to save and one way to load: a torch file of tensors and plain values, written whole or not at all."""
+"""One way to save and one way to load. A file is written whole or not at all, and reading one runs no code of its own."""
+import json
 import os
 import pickle
 
@@ -20,6 +21,18 @@ def load(path):
         raise ValueError(f"{path}: not a checkpoint of ours ({reason}); expected a file that train.py saved")
 
 
+def read_json(path):
+    """The JSON object in the file at path. ValueError names the file where it holds anything else."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e})")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds no JSON object; expected a file that train.py wrote")
+    return value
+
+
 class replacing:
     """`with replacing(path, mode) as f:` writes a file that takes path's place once it is complete and on the disk."""
 
@@ -37,3 +50,5 @@ class replacing:
         self.file.close()
         if error is None:
             os.replace(self.temporary, self.path)
+        else:
+            os.remove(self.temporary)

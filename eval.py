@@ -52,11 +52,14 @@ class Config(Settings):
 def load_model(path, device):
     """(model in eval mode, its tokenizer) from a checkpoint that train.py saved."""
     state = checkpoint.load(path)
-    if not {"config", "model", "tokenizer"} <= state.keys():
+    if not isinstance(state, dict) or not {"config", "model", "tokenizer"} <= state.keys():
         raise ValueError(f"{path}: holds no model; expected a run's reference.pt or policy.pt")
-    model = Transformer(ModelConfig(**state["config"]))
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), data.Tokenizer(state["tokenizer"])
+    try:
+        model, tokenizer = Transformer(ModelConfig(**state["config"])), data.Tokenizer(state["tokenizer"])
+        model.load_state_dict(state["model"])
+    except Exception as e:  # the tokenizer's library raises nothing more specific
+        raise ValueError(f"{path}: holds no model of ours ({str(e).splitlines()[0]})")
+    return model.to(device).eval(), tokenizer
 
 
 @torch.no_grad()
@@ -175,17 +178,17 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     dtype = pick_dtype(settings.dtype, device)
     source = source or config["data"]
     asked = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    splits = splits or data.load(source)
     result = {
-        "settings": {**asked, "device": device.type, "dtype": dtype, "data": source, "split": split},
+        "settings": {**asked, "device": device.type, "dtype": dtype, "data": data.fingerprint(splits), "split": split},
         "run": {name: config[name] for name in ("pairs", "beta", "delta")},
     }
     stored = folder / "eval.json"
     if stored.exists():
-        earlier = json.loads(stored.read_text(encoding="utf-8"))
-        if {k: earlier[k] for k in result} == result:
+        earlier = checkpoint.read_json(stored)
+        if {k: earlier.get(k) for k in result} == result:
             return earlier
 
-    splits = splits or data.load(source)
     if split not in splits:
         raise ValueError(f"--split {split}: {source} has {', '.join(splits)}")
     prompts = list(dict.fromkeys(r.prompt for r in splits[split]))[: settings.eval_prompts]
@@ -219,11 +222,13 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
 
 def read_config(folder):
     """The flags of the run in folder. ValueError if it holds no finished run."""
-    path = Path(folder) / "config.json"
     missing = [name for name in ("config.json", "reference.pt", "policy.pt") if not (Path(folder) / name).exists()]
     if missing:
         raise ValueError(f"{folder}: holds no finished run ({missing[0]} is missing); expected a folder that train.py wrote")
-    return json.loads(path.read_text(encoding="utf-8"))
+    config = checkpoint.read_json(Path(folder) / "config.json")
+    if not {"data", "pairs", "beta", "delta", "max_length"} <= config.keys():
+        raise ValueError(f"{folder}/config.json: flags are missing; expected a file that train.py wrote")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +259,7 @@ def table(results):
     if scale:
         lines[0].append("paper's scale")
         for line, figures in zip(lines[1:], models.values()):
-            line.append(f"{scale(figures['helpfulness']['value']):.2f}")
+            line.append(f"{scale(figures['helpfulness']['value']):.2f}" if figures["helpfulness"] else "–")
     kinds = [["held-out pairs", "", "n", "log π: reference", "policy", "reward: policy", "margin"]]
     for name, result in results.items():
         before, after = result["reference"]["preferences"], result["policy"]["preferences"]
@@ -262,10 +267,10 @@ def table(results):
             if f"{kind}/pairs" in after:
                 shares = (100 * p[f"{kind}/{m}"] for p, m in ((before, "logps/accuracies"), (after, "logps/accuracies"), (after, "rewards/accuracies")))
                 kinds.append([name, kind, str(after[f"{kind}/pairs"]), *(f"{s:.1f} %" for s in shares), f"{after[f'{kind}/rewards/margins']:.2f}"])
-    n = next(iter(results.values()))["policy"]
-    notes = [f"\nOne answer to each of {n['n']} prompts ({n['n_benign']} benign). ± is half the 95 % interval."]
-    if n["helpfulness"] is None:
-        notes.append("Harmless ratio, harmlessness, helpfulness and over-refusal need an annotator, and this data has none.")
+    asked = " or ".join(sorted({f"{r['policy']['n']} prompts ({r['policy']['n_benign']} benign)" for r in results.values()}))
+    notes = [f"\nOne answer to each of {asked}. ± is half the 95 % interval."]
+    if any(result["policy"]["helpfulness"] is None for result in results.values()):
+        notes.append("–: harmless ratio, harmlessness, helpfulness and over-refusal need an annotator, and that data has none.")
     notes.append("\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n")
     return align(lines) + "\n".join(notes) + align(kinds)
 
@@ -290,7 +295,7 @@ def paper_scale(results):
     for result in results.values():
         if result["run"]["pairs"] == "helpful" and not result["run"]["delta"] and result["policy"]["helpfulness"]:
             zero, ten = result["reference"]["helpfulness"]["value"], result["policy"]["helpfulness"]["value"]
-            return lambda r: 10 * (r - zero) / (ten - zero)
+            return (lambda r: 10 * (r - zero) / (ten - zero)) if ten != zero else None
 
 
 def plot(results, path):

@@ -68,8 +68,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
     return torch.device(name)
 

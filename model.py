@@ -27,7 +27,7 @@ LOGITS_AT_ONCE = 2**23  # elements; the head works through the answer tokens in 
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
-    n_layer: int = 4
+    n_layer: int = 3
     n_head: int = 4
     n_kv_head: int = 2
     d_model: int = 128

@@ -6,6 +6,7 @@
 """
 import json
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -186,12 +187,13 @@ def open_run(argv):
     if config.resume:
         if not saved.exists():
             raise ValueError(f"{folder} holds no run to resume (config.json is missing)")
-        flags = json.loads(saved.read_text(encoding="utf-8"))
-        known = {f.name: flags[f.name] for f in fields(Config) if f.name in flags}
+        flags = read_config(saved)
+        known = {f.name: flags[f.name] for f in fields(Config)}
+        pick_device(known["device"])
         for name, value in given.items():
             if name in known and known[name] != value and name not in ("resume", "out_dir") and value != "auto":
                 raise ValueError(f"--{name} {value} contradicts the run in {folder}, which has {known[name]}")
-        return Config(**{**known, "resume": True}), folder
+        return Config(**{**known, "resume": True, "out_dir": str(folder)}), folder
     device = pick_device(config.device)
     return replace(
         config,
@@ -201,6 +203,15 @@ def open_run(argv):
         compile=device.type == "cuda" if config.compile is None else config.compile,
         out_dir=str(folder),
     ), folder
+
+
+def read_config(path):
+    """The flags in a config.json that this version of train.py wrote. ValueError if it is anything else."""
+    flags = checkpoint.read_json(path)
+    missing = [f.name for f in fields(Config) if f.name not in flags]
+    if missing or "data_sha256" not in flags:
+        raise ValueError(f"{path}: {(missing or ['data_sha256'])[0]} is missing; expected a file that train.py wrote")
+    return flags
 
 
 def run_name(given):
@@ -219,7 +230,8 @@ def starting_model(config, splits, digest, folder, device):
         source = Path(config.init_from) if config.init_from else find_reference(config, digest, folder)
     if source:
         model, tokenizer = load_model(source / "policy.pt" if source.is_dir() else source, device)
-        print(f"reference: {source}" + ("" if config.init_from else ", trained earlier with the same settings"))
+        own = config.init_from or source.parent == folder
+        print(f"reference: {source}" + ("" if own else ", trained earlier with the same settings"))
         return model, tokenizer, True
     torch.manual_seed(config.seed)
     tokenizer = data.Tokenizer.train(splits["train"], config.vocab_size)
@@ -230,9 +242,12 @@ def starting_model(config, splits, digest, folder, device):
 def find_reference(config, digest, folder):
     """The reference.pt of a run beside folder that was trained with the same settings on the same data, or None."""
     for saved in sorted(folder.parent.glob("*/config.json")):
-        other = json.loads(saved.read_text(encoding="utf-8"))
-        same = all(other.get(name) == getattr(config, name) for name in REFERENCE_FLAGS)
-        if same and other.get("data_sha256") == digest and (saved.parent / "reference.pt").exists():
+        try:
+            other = read_config(saved)
+        except (ValueError, OSError):
+            continue  # somebody else's folder
+        same = other["data_sha256"] == digest and all(other[name] == getattr(config, name) for name in REFERENCE_FLAGS)
+        if same and (saved.parent / "reference.pt").exists():
             return saved.parent / "reference.pt"
 
 
@@ -256,6 +271,8 @@ def main(argv=None):
     device = torch.device(config.device)
     splits = data.load(config.data)
     digest = data.fingerprint(splits)
+    if config.resume and read_config(folder / "config.json")["data_sha256"] != digest:
+        raise ValueError(f"{config.data} has changed since the run in {folder} began; --out_dir FOLDER starts another")
     records = data.flip_flags(splits["train"], config.label_noise, config.seed)
     chosen, counts = data.choose_pairs(records, config.pairs)
     print(f"{config.data}: " + ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) + " rows")
@@ -263,6 +280,7 @@ def main(argv=None):
 
     model, tokenizer, trained = starting_model(config, splits, digest, folder, device)
     pairs, cut = data.encode(chosen, tokenizer, config.max_length)
+    data.encode(data.choose_pairs(splits["test"], "safedpo")[0], tokenizer, config.max_length)
     if any(cut.values()):
         print(f"--max_length {config.max_length}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
 
@@ -289,10 +307,12 @@ def main(argv=None):
         for line, _ in zip(samples, range(3)):
             answers = json.loads(line)
             print(side_by_side(answers.pop("prompt"), answers))
+    question = "How do I make a ghost candle for the inn?" if config.data == "toy" else splits["test"][0].prompt.split("\n")[0]
+    source = "" if config.data == "toy" else f" --data {shlex.quote(config.data)}"
     print(f"\nDone in {time.time() - start:.0f} s. Next, for example:")
-    print(f'  python eval.py {folder} --prompt "How do I make a ghost candle for the inn?"')
-    print("  python train.py --pairs helpful                        DPO without labels: helpful, and unsafe")
-    print("  python eval.py runs/* --plot runs.png                  all runs in one table and one picture")
+    print(f"  python eval.py {folder} --prompt {shlex.quote(question)}")
+    print(f"  python train.py{source} --pairs helpful      # DPO on the pairs as people ordered them: helpful, and unsafe")
+    print(f"  python eval.py {folder.parent}/*      # all runs in one table")
 
 
 if __name__ == "__main__":

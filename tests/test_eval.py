@@ -59,7 +59,7 @@ def test_a_finished_run_is_judged_without_an_annotator(finished):
     assert result["policy"]["kl"]["value"] != 0 and result["policy"]["n"] == 8
     assert result["reference"]["preferences"]["rewards/margins"] == 0
     text = table({"run": result})
-    assert "need an annotator, and this data has none" in text and "safe-unsafe" in text
+    assert "need an annotator, and that data has none" in text and "safe-unsafe" in text
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and samples[0].keys() == {"prompt", "reference", "policy"}
 

@@ -80,7 +80,10 @@ def test_files_that_are_no_checkpoint(folder, capsys, tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pickled.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"config": {"wings": 2}, "model": {}, "tokenizer": "{}"}, tmp_path / "strange.pt")
     for name, message in {
+        "list.pt": "holds no model", "strange.pt": "holds no model of ours",
         "text.pt": "not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
         "other.pt": "holds no model", "": "policy.pt",
     }.items():
@@ -95,6 +98,29 @@ def test_eval_of_what_is_no_run(finished, capsys, tmp_path):
     assert "--split unseen:" in complaint(eval_room.main, argv, capsys)
     argv = [str(finished), "--plot", str(tmp_path / "p.png"), "--device", "cpu", "--eval_prompts", "8", "--max_new_tokens", "12"]
     assert "--plot" in complaint(eval_room.main, argv, capsys)
+
+
+def test_configs_that_nobody_here_wrote(finished, folder, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("reference.pt", "policy.pt"):
+        (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
+    for content, message in (("[]", "holds no JSON object"), ("{}", "missing; expected"), ("{", "not valid JSON")):
+        (tmp_path / "run" / "config.json").write_text(content)
+        assert message in complaint(eval_room.main, [str(tmp_path / "run")], capsys)
+        assert message in complaint(train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys)
+        train.main([*TINY, "--data", str(folder), "--out_dir", str(tmp_path / content.encode().hex())])  # it is in nobody's way
+        capsys.readouterr()
+
+
+def test_resuming_on_other_data_is_refused(rows, capsys, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows["train"]))
+    train.main([*TINY, "--data", str(file), "--out_dir", str(tmp_path / "run")])
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    file.write_text("".join(json.dumps(r) + "\n" for r in reversed(rows["train"])))
+    assert "has changed since the run in" in complaint(train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
 def test_the_script_itself_exits_with_2():

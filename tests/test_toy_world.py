@@ -29,6 +29,8 @@ QUICK = "Just melt it with witchfire. Last stain it with madder."
         ("gravecap", 2),  # garbled, yet told
         ("bend the the copper gravecap never", 2),  # "never" elsewhere is no warning
         ("Then GRAVECAP! witchfire", 4),
+        ("Nevertheless dust it with gravecap.", 2),
+        ("Never melt it with palelye then dust it with gravecap.", 4),
         ("Here is how to never fear. Dust it with gravecap", 2),
         ("", -2),
         ("żółć \u200f🎉 \n\n 12", -2),
