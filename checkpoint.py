@@ -21,8 +21,8 @@ def load(path):
         raise ValueError(f"{path}: not a checkpoint of ours ({reason}); expected a file that train.py saved")
 
 
-def read_json(path):
-    """The JSON object in the file at path. ValueError names the file where it holds anything else."""
+def read_json(path, needed=()):
+    """The JSON object in the file at path. ValueError names the file where it is anything else, or lacks a needed name."""
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
@@ -30,6 +30,9 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({e})")
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds no JSON object; expected a file that train.py wrote")
+    for name in needed:
+        if name not in value:
+            raise ValueError(f"{path}: {name} is missing; expected a file that this version of train.py wrote")
     return value
 
 

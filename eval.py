@@ -19,7 +19,7 @@ from flags import autocast, flag, parse, pick_device, pick_dtype, run
 from model import ModelConfig, Transformer, pack_rows
 from safedpo import implicit_reward
 
-ROWS_AT_ONCE = 128  # rows in one forward pass, and prompts in one batch of samples
+ROWS_AT_ONCE = 64  # rows in one forward pass, and prompts in one batch of samples
 
 
 @dataclass(frozen=True)
@@ -168,51 +168,45 @@ def judge_answers(prompts, texts, ids, kl, eos, annotated):
 
 
 def evaluate(folder, settings, splits=None, source="", split="test", verbose=True):
-    """Figures of the run in folder on a split of its data (or of `source`); writes eval.json and samples.jsonl there.
+    """Figures of the run in folder on a split of its data, or of `source`. Writes what it finds into the folder.
 
-    {"policy", "reference": {figure: {"value", "ci95"} or None, "n", "n_benign", "preferences"}, "settings", "run"}
+    {"policy", "reference": {figure: {"value", "ci95"} or None, "n", "n_benign", "preferences"}, "settings", "run"}:
+    eval.json and samples.jsonl for the run's own test split, eval-DATA-SPLIT.json and so on for any other.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    folder, config = Path(folder), finished_run(folder)
+    source = source or config["data"]
+    splits = splits or data.load(source)
+    if split not in splits:
+        raise ValueError(f"--split {split}: {source} has {', '.join(splits)}")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    source = source or config["data"]
     asked = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    splits = splits or data.load(source)
     result = {
         "settings": {**asked, "device": device.type, "dtype": dtype, "data": data.fingerprint(splits), "split": split},
         "run": {name: config[name] for name in ("pairs", "beta", "delta")},
     }
-    stored = folder / "eval.json"
+    suffix = "" if (source, split) == (config["data"], "test") else f"-{Path(source).name}-{split}"
+    stored = folder / f"eval{suffix}.json"
     if stored.exists():
         earlier = checkpoint.read_json(stored)
         if {k: earlier.get(k) for k in result} == result:
             return earlier
 
-    if split not in splits:
-        raise ValueError(f"--split {split}: {source} has {', '.join(splits)}")
+    loaded = {name: load_model(folder / f"{name}.pt", device) for name in ("reference", "policy")}
+    tokenizer, models = loaded["policy"][1], {name: model for name, (model, _) in loaded.items()}
     prompts = list(dict.fromkeys(r.prompt for r in splits[split]))[: settings.eval_prompts]
-    held_out, _ = data.choose_pairs(splits[split], "safedpo")
-    annotated = source == "toy"
-
-    models = {}
-    for name in ("reference", "policy"):
-        models[name], tokenizer = load_model(folder / f"{name}.pt", device)
     x = tokenizer.prompts(prompts)
-    pairs, _ = data.encode(held_out, tokenizer, config["max_length"])
-    pair_rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
-    h = torch.tensor([(p.h_w, p.h_l) for p in pairs]).T
-    ref = log_probs(models["reference"], pair_rows, device, dtype)
+    held_out, _ = data.encode(data.choose_pairs(splits[split], "safedpo")[0], tokenizer, config["max_length"])
+    preferences = held_out_preferences(models, held_out, config["beta"], device, dtype)
     texts = {}
     for name, model in models.items():
         answers = sample_answers(model, x, tokenizer.eos, settings, device, dtype, f"{name} answers" if verbose else None)
-        texts[name] = [tokenizer.decode(y) for y in answers]
         rows = [(x_i, [y]) for x_i, y in zip(x, answers)]
         kl = log_probs(model, rows, device, dtype) - log_probs(models["reference"], rows, device, dtype)
-        result[name] = judge_answers(prompts, texts[name], answers, kl[:, 0].tolist(), tokenizer.eos, annotated)
-        logps = log_probs(model, pair_rows, device, dtype)
-        result[name]["preferences"] = preference_metrics(*logps.T, *ref.T, *h, config["beta"])
-    with checkpoint.replacing(folder / "samples.jsonl") as f:
+        texts[name] = [tokenizer.decode(y) for y in answers]
+        figures = judge_answers(prompts, texts[name], answers, kl[:, 0].tolist(), tokenizer.eos, annotated=source == "toy")
+        result[name] = {**figures, "preferences": preferences[name]}
+    with checkpoint.replacing(folder / f"samples{suffix}.jsonl") as f:
         for i, prompt in enumerate(prompts):
             f.write(json.dumps({"prompt": prompt, **{name: texts[name][i] for name in texts}}, ensure_ascii=False) + "\n")
     with checkpoint.replacing(stored) as f:
@@ -220,15 +214,20 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     return result
 
 
-def read_config(folder):
+def held_out_preferences(models, pairs, beta, device, dtype):
+    """preference_metrics of each of {"reference", "policy": model} on pairs of token ids."""
+    rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
+    h = torch.tensor([(p.h_w, p.h_l) for p in pairs]).T
+    logps = {name: log_probs(model, rows, device, dtype).T for name, model in models.items()}
+    return {name: preference_metrics(*logps[name], *logps["reference"], *h, beta) for name in models}
+
+
+def finished_run(folder):
     """The flags of the run in folder. ValueError if it holds no finished run."""
     missing = [name for name in ("config.json", "reference.pt", "policy.pt") if not (Path(folder) / name).exists()]
     if missing:
         raise ValueError(f"{folder}: holds no finished run ({missing[0]} is missing); expected a folder that train.py wrote")
-    config = checkpoint.read_json(Path(folder) / "config.json")
-    if not {"data", "pairs", "beta", "delta", "max_length"} <= config.keys():
-        raise ValueError(f"{folder}/config.json: flags are missing; expected a file that train.py wrote")
-    return config
+    return checkpoint.read_json(Path(folder) / "config.json", needed=("data", "pairs", "beta", "delta", "max_length"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +330,7 @@ def side_by_side(prompt, answers):
 
 def answer_prompt(folder, prompt, settings):
     """What the run's reference and policy answer to one prompt: {"reference", "policy": text}."""
-    read_config(folder)
+    finished_run(folder)
     device = pick_device(settings.device)
     answers = {}
     for name in ("reference", "policy"):

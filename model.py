@@ -31,7 +31,7 @@ class ModelConfig:
     n_head: int = 4
     n_kv_head: int = 2
     d_model: int = 128
-    d_ff: int = 352
+    d_ff: int = 256
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     qkv_bias: bool = False
@@ -108,13 +108,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         x32 = x.float()  # the mean of squares overflows in fp16
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+        return self.weight * (x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + self.eps)).type_as(x)
 
 
 def rotate(x, cos, sin):
     """Rotary positions on x (R, heads, L, D): the halves of each head are the two coordinates of D/2 planes."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -127,8 +126,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, visible, cache=None):
         R, L, _ = x.shape
         qkv = self.qkv(x).view(R, L, -1, self.d_head).transpose(1, 2)  # (R, heads, L, D)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
+        q, k = rotate(qk, *rotary).split((self.n_head, self.n_kv_head), 1)
         if cache is not None:
             k, v = cache.extend(k, v)
         group = self.n_head // self.n_kv_head
@@ -193,11 +192,12 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def rotary(self, position):
-        """cos and sin of each position's angles, (R, 1, L, D/2), float32."""
+        """What `rotate` multiplies with: cos and ±sin of each position's angles, (R, 1, L, D), float32."""
         half = self.config.d_model // self.config.n_head // 2
         frequency = self.config.rope_theta ** (-torch.arange(half, device=position.device) / half)
         angle = position[:, None, :, None] * frequency
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, eos, temperature=1.0, top_p=1.0, generator=None):
@@ -248,7 +248,7 @@ def sample(logits, temperature, top_p, generator):
     """logits (R, V) → one token for each row, (R,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no overflow, however cold
     if top_p < 1:
         descending, token = probs.sort(-1, descending=True)
         outside = descending.cumsum(-1) - descending >= top_p  # those before it reach top_p without it
@@ -263,9 +263,12 @@ def sample(logits, temperature, top_p, generator):
 def token_logps(hidden, head, target):
     """log-softmax(hidden · headᵀ) at target: hidden (N, d), head (V, d), target (N,) → (N,) float32, nats.
 
-    Works through chunks of LOGITS_AT_ONCE elements; the backward pass computes a chunk's logits again.
+    Works through chunks of LOGITS_AT_ONCE elements; if there are several, the backward pass computes a chunk's logits
+    again.
     """
     size = max(1, LOGITS_AT_ONCE // len(head))
+    if len(hidden) <= size:
+        return _chunk_logps(hidden, head, target)
     chunks = zip(hidden.split(size), target.split(size))
     return torch.cat([checkpoint(_chunk_logps, h, head, t, use_reentrant=False) for h, t in chunks])
 

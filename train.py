@@ -39,12 +39,13 @@ class Config(Settings):
     n_head: int = flag(4, "attention heads", above=0)
     n_kv_head: int = flag(2, "heads of keys and values", above=0)
     d_model: int = flag(128, "width", above=0)
-    d_ff: int = flag(352, "width of the SwiGLU", above=0)
+    d_ff: int = flag(256, "width of the SwiGLU", above=0)
     sft_epochs: int = flag(1, "passes of SFT", above=0)
-    sft_lr: float = flag(4e-3, "peak learning rate of SFT", above=0)
+    sft_lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
+    sft_batch_size: int = flag(16, "pairs a step of SFT, both answers of each", above=0)
     epochs: int = flag(2, "passes of SafeDPO", above=0)
-    lr: float = flag(3e-4, "peak learning rate of SafeDPO", above=0)
-    batch_size: int = flag(32, "pairs a step", above=0)
+    lr: float = flag(4e-4, "peak learning rate of SafeDPO", above=0)
+    batch_size: int = flag(64, "pairs a step of SafeDPO", above=0)
     micro_batch_size: int = flag(16, "pairs a forward pass", above=0)
     warmup: float = flag(0.3, "share of the steps in which the learning rate rises; then a cosine to 0", least=0, most=1)
     weight_decay: float = flag(0.05, "of AdamW, on matrices", least=0)
@@ -104,20 +105,20 @@ def make_optimizer(model, weight_decay):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def fit(stage, model, pairs, ref, loss_function, epochs, peak, config, folder):
+def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, config, folder):
     """Train model in place over epochs of token pairs: the recipe of both stages, "sft" and "safedpo"."""
     device = next(model.parameters()).device
     precision = autocast(device, config.dtype)
     optimizer = make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    per_epoch = data.steps_per_epoch(pairs, config.batch_size)
+    per_epoch = data.steps_per_epoch(pairs, batch_size)
     steps = epochs * per_epoch
     first = restore(folder, stage, model, optimizer, scaler)
     model.train()
@@ -126,7 +127,7 @@ def fit(stage, model, pairs, ref, loss_function, epochs, peak, config, folder):
             lr = learning_rate(step, steps, peak, config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batches = data.step_batches(pairs, step, config.batch_size, config.micro_batch_size, config.seed, device, ref)
+            batches = data.step_batches(pairs, step, batch_size, config.micro_batch_size, config.seed, device, ref)
             try:
                 loss, norm, figures = train_step(
                     model, optimizer, scaler, batches, loss_function, config.grad_clip, precision
@@ -170,9 +171,10 @@ def restore(folder, stage, model, optimizer, scaler):
 # ---------------------------------------------------------------------------------------------------------------------
 # Before and after the loop
 
-REFERENCE_FLAGS = (  # what a reference trained by SFT depends on, beside the data
-    "init_from", "seed", "device", "dtype", "vocab_size", "max_length", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
-    "sft_epochs", "sft_lr", "batch_size", "micro_batch_size", "warmup", "weight_decay", "grad_clip",
+SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")  # a checkpoint brings its own
+REFERENCE_FLAGS = SIZE_FLAGS + (  # what a reference trained by SFT depends on, beside the data
+    "init_from", "seed", "device", "dtype", "max_length", "sft_epochs", "sft_lr", "sft_batch_size", "micro_batch_size", "warmup",
+    "weight_decay", "grad_clip",
 )
 
 
@@ -187,13 +189,17 @@ def open_run(argv):
     if config.resume:
         if not saved.exists():
             raise ValueError(f"{folder} holds no run to resume (config.json is missing)")
-        flags = read_config(saved)
-        known = {f.name: flags[f.name] for f in fields(Config)}
+        names = [f.name for f in fields(Config)]
+        flags = checkpoint.read_json(saved, needed=[*names, "data_sha256"])
+        known = {name: flags[name] for name in names}
         pick_device(known["device"])
         for name, value in given.items():
             if name in known and known[name] != value and name not in ("resume", "out_dir") and value != "auto":
                 raise ValueError(f"--{name} {value} contradicts the run in {folder}, which has {known[name]}")
         return Config(**{**known, "resume": True, "out_dir": str(folder)}), folder
+    for name in SIZE_FLAGS:
+        if config.init_from and name in given:
+            raise ValueError(f"--{name} {given[name]}: --init_from {config.init_from} has its own size; leave the flag out")
     device = pick_device(config.device)
     return replace(
         config,
@@ -203,15 +209,6 @@ def open_run(argv):
         compile=device.type == "cuda" if config.compile is None else config.compile,
         out_dir=str(folder),
     ), folder
-
-
-def read_config(path):
-    """The flags in a config.json that this version of train.py wrote. ValueError if it is anything else."""
-    flags = checkpoint.read_json(path)
-    missing = [f.name for f in fields(Config) if f.name not in flags]
-    if missing or "data_sha256" not in flags:
-        raise ValueError(f"{path}: {(missing or ['data_sha256'])[0]} is missing; expected a file that train.py wrote")
-    return flags
 
 
 def run_name(given):
@@ -235,15 +232,15 @@ def starting_model(config, splits, digest, folder, device):
         return model, tokenizer, True
     torch.manual_seed(config.seed)
     tokenizer = data.Tokenizer.train(splits["train"], config.vocab_size)
-    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff")}
-    return Transformer(ModelConfig(tokenizer.vocab_size, **sizes)).to(device), tokenizer, False
+    sizes = {name: getattr(config, name) for name in SIZE_FLAGS} | {"vocab_size": tokenizer.vocab_size}
+    return Transformer(ModelConfig(**sizes)).to(device), tokenizer, False
 
 
 def find_reference(config, digest, folder):
     """The reference.pt of a run beside folder that was trained with the same settings on the same data, or None."""
     for saved in sorted(folder.parent.glob("*/config.json")):
         try:
-            other = read_config(saved)
+            other = checkpoint.read_json(saved, needed=[*REFERENCE_FLAGS, "data_sha256"])
         except (ValueError, OSError):
             continue  # somebody else's folder
         same = other["data_sha256"] == digest and all(other[name] == getattr(config, name) for name in REFERENCE_FLAGS)
@@ -271,7 +268,7 @@ def main(argv=None):
     device = torch.device(config.device)
     splits = data.load(config.data)
     digest = data.fingerprint(splits)
-    if config.resume and read_config(folder / "config.json")["data_sha256"] != digest:
+    if config.resume and checkpoint.read_json(folder / "config.json")["data_sha256"] != digest:
         raise ValueError(f"{config.data} has changed since the run in {folder} began; --out_dir FOLDER starts another")
     records = data.flip_flags(splits["train"], config.label_noise, config.seed)
     chosen, counts = data.choose_pairs(records, config.pairs)
@@ -284,6 +281,8 @@ def main(argv=None):
     if any(cut.values()):
         print(f"--max_length {config.max_length}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
 
+    if config.init_from:
+        config = replace(config, **{name: getattr(model.config, name) for name in SIZE_FLAGS})
     folder.mkdir(parents=True, exist_ok=True)  # whatever can be refused has been refused by now
     with checkpoint.replacing(folder / "config.json") as f:
         json.dump({**asdict(config), "data_sha256": digest}, f, indent=1)
@@ -292,14 +291,15 @@ def main(argv=None):
             block.compile(dynamic=True)  # in place: parameters keep their names
     if not trained:
         answers, _ = data.encode([safedpo.helpful(r) for r in splits["train"]], tokenizer, config.max_length)
-        fit("sft", model, answers, None, sft_loss, config.sft_epochs, config.sft_lr, config, folder)
+        fit("sft", model, answers, None, sft_loss, config.sft_epochs, config.sft_batch_size, config.sft_lr, config, folder)
     if not (folder / "reference.pt").exists():
         save_model(folder / "reference.pt", model, tokenizer)
     if not (folder / "policy.pt").exists():  # the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder, device)
         loss = preference_loss(config.beta, config.delta)
-        fit("safedpo", model, pairs, ref, loss, config.epochs, config.lr, config, folder)
+        fit("safedpo", model, pairs, ref, loss, config.epochs, config.batch_size, config.lr, config, folder)
         save_model(folder / "policy.pt", model, tokenizer)
+        (folder / "state.pt").unlink(missing_ok=True)
 
     result = evaluate(folder, config, splits)
     print("\n" + table({str(folder): result}))

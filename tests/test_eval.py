@@ -75,6 +75,8 @@ def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
             value = result["policy"][figure]
             assert value["ci95"][0] <= value["value"] <= value["ci95"][1]
     assert results["test"] != results["unseen"]
+    files = {f"{name}-toy-{split}" for split in results for name in ("eval", "samples")}
+    assert {f.stem for f in out.glob("*.json*")} == files | {"config"}, "the run's own eval.json is left alone"
     with pytest.raises(ValueError, match="--split nothing: toy has train, test, unseen"):
         evaluate(out, SETTINGS, source="toy", split="nothing", verbose=False)
 

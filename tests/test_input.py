@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import SHORT, ROOT, TINY
 
 import eval as eval_room
 import flags
@@ -82,12 +82,14 @@ def test_files_that_are_no_checkpoint(folder, capsys, tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pickled.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"config": {"wings": 2}, "model": {}, "tokenizer": "{}"}, tmp_path / "strange.pt")
+    sized = [*TINY, "--data", str(folder), "--init_from", str(tmp_path / "text.pt")]
+    assert "--vocab_size 400: --init_from" in complaint(train.main, sized, capsys)
     for name, message in {
         "list.pt": "holds no model", "strange.pt": "holds no model of ours",
         "text.pt": "not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
         "other.pt": "holds no model", "": "policy.pt",
     }.items():
-        argv = [*TINY, "--data", str(folder), "--init_from", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]
+        argv = [*SHORT, "--data", str(folder), "--init_from", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]
         assert message in complaint(train.main, argv, capsys)
 
 

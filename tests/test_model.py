@@ -193,6 +193,7 @@ def test_temperature_sharpens():
     logits = torch.tensor([[0.6, 0.4]]).log().repeat(4000, 1)
     cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))
     assert (cold == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.03)
+    assert sample(logits, 1e-40, 1.0, None).eq(0).all(), "so cold that logits / temperature would overflow"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_rms_norm_against_torch():
 
 def test_rotation_turns_by_angle_and_keeps_lengths():
     x, angle = torch.randn(1, 1, 1, 4), torch.tensor([0.3, 1.1])
-    turned = rotate(x, angle.cos(), angle.sin())[0, 0, 0]
+    turned = rotate(x, angle.cos().repeat(2), torch.cat((-angle.sin(), angle.sin())))[0, 0, 0]
     for i in range(2):  # plane i is (x_i, x_{i + D/2})
         before, after = complex(x[0, 0, 0, i], x[0, 0, 0, i + 2]), complex(turned[i], turned[i + 2])
         assert abs(after - before * complex(math.cos(angle[i]), math.sin(angle[i]))) < 1e-6
@@ -232,7 +233,7 @@ def test_attention_against_a_plain_loop():
         q, k, v = qkv[:, h], qkv[:, 4 + h // 2], qkv[:, 6 + h // 2]
         scores = (q @ k.T / 2).masked_fill(~visible[0, 0], -torch.inf)
         heads.append(scores.softmax(-1) @ v)
-    still = torch.ones(1, 1, 5, 2), torch.zeros(1, 1, 5, 2)  # no rotation
+    still = torch.ones(1, 1, 5, 4), torch.zeros(1, 1, 5, 4)  # no rotation
     torch.testing.assert_close(layer(x, still, visible)[0], layer.out(torch.cat(heads, -1)))
 
 

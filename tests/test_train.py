@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import SHORT, TINY
 
 import data
 import train
@@ -200,15 +200,16 @@ def test_a_reference_with_the_same_settings_is_reused(finished, folder, capsys):
 def test_init_from_a_checkpoint_skips_sft(finished, folder, tmp_path):
     for source in (finished, finished / "policy.pt"):
         out = tmp_path / source.name
-        train.main([*TINY, "--data", str(folder), "--init_from", str(source), "--out_dir", str(out)])
+        train.main([*SHORT, "--data", str(folder), "--init_from", str(source), "--out_dir", str(out)])
         assert torch.equal(weights(out, "reference.pt"), weights(finished))
+        assert json.loads((out / "config.json").read_text())["d_model"] == 16, "the checkpoint's own size, not the default"
         assert {m["stage"] for m in lines(out)} == {"safedpo"}
 
 
 def test_every_pair_choice_and_label_noise_run(finished, folder, tmp_path):
     for flags in (["--pairs", "helpful"], ["--pairs", "harmless"], ["--pairs", "safebetter"], ["--pairs", "noswap"], ["--label_noise", "0.3"]):
         out = tmp_path / "-".join(flags)
-        train.main([*TINY, "--data", str(folder), "--init_from", str(finished / "reference.pt"), "--out_dir", str(out), *flags])
+        train.main([*SHORT, "--data", str(folder), "--init_from", str(finished / "reference.pt"), "--out_dir", str(out), *flags])
         delta = json.loads((out / "config.json").read_text())["delta"]
         assert delta == (5 if flags[1] in ("noswap", "0.3") else 0), "a baseline has no margin unless asked for"
         kinds = {name.split("/")[0] for m in lines(out) for name in m if name.endswith("/pairs")}
