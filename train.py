@@ -42,7 +42,7 @@ class Config(Settings):
     d_ff: int = flag(256, "width of the SwiGLU", above=0)
     sft_epochs: int = flag(1, "passes of SFT", above=0)
     sft_lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
-    sft_batch_size: int = flag(16, "pairs a step of SFT, both answers of each", above=0)
+    sft_batch_size: int = flag(8, "pairs a step of SFT, both answers of each", above=0)
     epochs: int = flag(2, "passes of SafeDPO", above=0)
     lr: float = flag(4e-4, "peak learning rate of SafeDPO", above=0)
     batch_size: int = flag(64, "pairs a step of SafeDPO", above=0)
