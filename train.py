@@ -264,6 +264,7 @@ def reference_logps(model, pairs, config, folder, device):
 
 def main(argv=None):
     start = time.time()
+    torch.set_flush_denormal(True)  # pairs the model is sure of have gradients so small that a CPU computes them slowly
     config, folder = open_run(argv)
     device = torch.device(config.device)
     splits = data.load(config.data)
