@@ -153,6 +153,12 @@ def flip_flags(records, share, seed):
     return noisy
 
 
+def contradictions(records):
+    """How many records have a safer_response_id that points to an unsafe answer while the other one is safe."""
+    safe = [(r.is_response_0_safe, r.is_response_1_safe, r.safer_response_id) for r in records]
+    return sum(s0 != s1 and not (s0, s1)[safer] for s0, s1, safer in safe)
+
+
 def choose_pairs(records, choice):
     """(pairs, counts) of records under one of safedpo.PAIR_CHOICES. ValueError if no pair is left.
 

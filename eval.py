@@ -6,6 +6,7 @@
 """
 import json
 import math
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,7 +25,7 @@ ROWS_AT_ONCE = 64  # rows in one forward pass, and prompts in one batch of sampl
 
 @dataclass(frozen=True)
 class Settings:
-    """What an evaluation depends on beside the run; train.py has the same flags for the one it ends with."""
+    """What an evaluation depends on beside the run. train.py has the same flags; eval.py takes a run's own if left out."""
 
     seed: int = flag(0, "seed of training and of sampling", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, …")
@@ -35,11 +36,14 @@ class Settings:
     max_new_tokens: int = flag(256, "tokens after which a sampled answer is cut off", above=0)
 
 
+SAMPLING = ("seed", "eval_prompts", "temperature", "top_p", "max_new_tokens")
+
+
 @dataclass(frozen=True)
 class Config(Settings):
     runs: tuple = flag((), "folders that train.py wrote", many=True)
     data: str = flag("", "judge on this data instead of the run's own: toy, a file or a folder")
-    split: str = flag("test", "split to draw prompts from; the toy world has test and unseen")
+    split: str = flag("test", "split to draw prompts from: train, test, and in the toy world unseen")
     prompt: str = flag("", "show what reference and policy answer to this prompt, and nothing else")
     json: str = flag("", "write every figure to this file")
     plot: str = flag("", "draw helpfulness against harmless ratio into this file (.png, .svg, .pdf)")
@@ -159,7 +163,7 @@ def judge_answers(prompts, texts, ids, kl, eos, annotated):
         "kl": mean(kl),
         "length": mean([len(i) for i in ids]),
         "n": len(texts),
-        "n_benign": len(benign),
+        "n_benign": len(benign) if annotated else None,
     }
 
 
@@ -171,7 +175,7 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     """Figures of the run in folder on a split of its data, or of `source`. Writes what it finds into the folder.
 
     {"policy", "reference": {figure: {"value", "ci95"} or None, "n", "n_benign", "preferences"}, "settings", "run"}:
-    eval.json and samples.jsonl for the run's own test split, eval-DATA-SPLIT.json and so on for any other.
+    eval.json and samples.jsonl, with what differs from the run's own settings in the name, as in eval-splitunseen.json.
     """
     folder, config = Path(folder), finished_run(folder)
     source = source or config["data"]
@@ -180,12 +184,13 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
         raise ValueError(f"--split {split}: {source} has {', '.join(splits)}")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    asked = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    asked = {**{name: getattr(settings, name) for name in SAMPLING}, "data": source, "split": split}
     result = {
-        "settings": {**asked, "device": device.type, "dtype": dtype, "data": data.fingerprint(splits), "split": split},
+        "settings": {**asked, "device": device.type, "dtype": dtype, "data_sha256": data.fingerprint(splits)},
         "run": {name: config[name] for name in ("pairs", "beta", "delta")},
     }
-    suffix = "" if (source, split) == (config["data"], "test") else f"-{Path(source).name}-{split}"
+    own = {**config, "split": "test"}
+    suffix = "".join(f"-{name}{Path(str(value)).name}" for name, value in asked.items() if value != own[name])
     stored = folder / f"eval{suffix}.json"
     if stored.exists():
         earlier = checkpoint.read_json(stored)
@@ -227,7 +232,7 @@ def finished_run(folder):
     missing = [name for name in ("config.json", "reference.pt", "policy.pt") if not (Path(folder) / name).exists()]
     if missing:
         raise ValueError(f"{folder}: holds no finished run ({missing[0]} is missing); expected a folder that train.py wrote")
-    return checkpoint.read_json(Path(folder) / "config.json", needed=("data", "pairs", "beta", "delta", "max_length"))
+    return checkpoint.read_json(Path(folder) / "config.json", needed=("data", "pairs", "beta", "delta", "max_length", *SAMPLING))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,9 +252,10 @@ COLUMNS = {  # heading → (figure, factor, digits)
 def table(results):
     """The figures of {run name: result} as text: one line a model, then the held-out preferences by kind of pair."""
     models = {}
+    shared = all(result["reference"] == next(iter(results.values()))["reference"] for result in results.values())
     for name, result in results.items():
         if result["reference"] not in models.values():
-            models["reference" if len(results) == 1 else f"reference of {name}"] = result["reference"]
+            models["reference" if shared else f"reference of {name}"] = result["reference"]
         models[name] = result["policy"]
     lines = [["", *COLUMNS]]
     for name, figures in models.items():
@@ -266,12 +272,16 @@ def table(results):
             if f"{kind}/pairs" in after:
                 shares = (100 * p[f"{kind}/{m}"] for p, m in ((before, "logps/accuracies"), (after, "logps/accuracies"), (after, "rewards/accuracies")))
                 kinds.append([name, kind, str(after[f"{kind}/pairs"]), *(f"{s:.1f} %" for s in shares), f"{after[f'{kind}/rewards/margins']:.2f}"])
-    asked = " or ".join(sorted({f"{r['policy']['n']} prompts ({r['policy']['n_benign']} benign)" for r in results.values()}))
+    asked = " or ".join(sorted({prompts_asked(**{k: r["policy"][k] for k in ("n", "n_benign")}) for r in results.values()}))
     notes = [f"\nOne answer to each of {asked}. ± is half the 95 % interval."]
     if any(result["policy"]["helpfulness"] is None for result in results.values()):
         notes.append("–: harmless ratio, harmlessness, helpfulness and over-refusal need an annotator, and that data has none.")
     notes.append("\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n")
     return align(lines) + "\n".join(notes) + align(kinds)
+
+
+def prompts_asked(n, n_benign):
+    return f"{n} prompts" if n_benign is None else f"{n} prompts ({n_benign} benign)"
 
 
 def cell(figure, factor, digits):
@@ -297,8 +307,8 @@ def paper_scale(results):
             return (lambda r: 10 * (r - zero) / (ten - zero)) if ten != zero else None
 
 
-def plot(results, path):
-    """Helpfulness against harmless ratio, with intervals."""
+def pyplot():
+    """matplotlib's, drawing into files. ValueError where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -306,7 +316,12 @@ def plot(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 5))
+    return pyplot
+
+
+def plot(results, path):
+    """Helpfulness against harmless ratio, with intervals."""
+    figure, axes = pyplot().subplots(figsize=(7, 5))
     for name, result in results.items():
         for label, figures in (("reference", result["reference"]), (name, result["policy"])):
             if figures["helpfulness"] is None:
@@ -341,12 +356,27 @@ def answer_prompt(folder, prompt, settings):
 
 
 def main(argv=None):
-    config = Config(**parse(Config, argv))
+    given = parse(Config, argv)
+    config = Config(**given)
     if config.prompt:
         for folder in config.runs:
             print(folder + side_by_side(config.prompt, answer_prompt(folder, config.prompt, config)))
         return
-    results = {folder: evaluate(folder, config, source=config.data, split=config.split) for folder in config.runs}
+    if config.plot:
+        pyplot()  # before the work, not after it
+    results = {}
+    for folder in config.runs:
+        try:
+            own = finished_run(folder)
+        except ValueError as e:
+            if len(config.runs) == 1:
+                raise
+            print(f"left out: {e}", file=sys.stderr)  # runs/* also names runs that were stopped
+            continue
+        settings = Config(**{name: own[name] for name in SAMPLING} | given)
+        results[folder] = evaluate(folder, settings, source=config.data, split=config.split)
+    if not results:
+        raise ValueError("none of the folders holds a finished run")
     print(table(results))
     if config.json:
         with checkpoint.replacing(config.json) as f:

@@ -246,7 +246,7 @@ class Cache:
 
 def sample(logits, temperature, top_p, generator):
     """logits (R, V) → one token for each row, (R,)."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no overflow, however cold
     if top_p < 1:

@@ -1,9 +1,10 @@
 """Teach a transformer to be safe: SFT gives the reference, SafeDPO gives the policy.
 
-    python train.py --delta 5                                   the toy world, on a laptop
-    python train.py --data PKU-SafeRLHF-30K --delta 10          a folder with train and test files
-    python train.py --pairs helpful                             a baseline
+    python train.py --delta 5                                         the toy world, on a laptop
+    python train.py --data PKU-SafeRLHF-30K --beta 0.1 --delta 10     a folder with train and test files
+    python train.py --pairs helpful                                   a baseline
 """
+import hashlib
 import json
 import math
 import shlex
@@ -28,7 +29,7 @@ class Config(Settings):
     init_from: str = flag("", "start from this checkpoint of ours as the reference, and skip SFT")
     pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(safedpo.PAIR_CHOICES))
     beta: float = flag(2.0, "β of the loss", above=0)
-    delta: float = flag(None, "Δ of the loss, in nats; left out: 5 with safedpo and noswap, 0 with the DPO baselines", kind=float, least=0)
+    delta: float = flag(None, "Δ of the loss, in units of reward: it asks for Δ/β nats; left out: 5 with safedpo and noswap, 0 with the DPO baselines", kind=float, least=0)
     label_noise: float = flag(0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1)
     out_dir: str = flag("", "folder of the run; left out: runs/ and a name made of the flags")
     resume: bool = flag(False, "go on with the run in the folder")
@@ -50,7 +51,7 @@ class Config(Settings):
     warmup: float = flag(0.3, "share of the steps in which the learning rate rises; then a cosine to 0", least=0, most=1)
     weight_decay: float = flag(0.05, "of AdamW, on matrices", least=0)
     grad_clip: float = flag(1.0, "norm to which gradients are clipped", above=0)
-    save_every: int = flag(500, "steps between two saves of the training state", above=0)
+    save_every: int = flag(100, "steps between two saves of the training state", above=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,10 @@ def run_name(given):
     delta = "" if config.delta is None else f"-delta{config.delta:g}"
     rest = {k: v for k, v in given.items() if k not in ("data", "pairs", "delta", "out_dir", "resume")}
     name = f"{config.data}-{config.pairs}{delta}" + "".join(f"-{k}{v}" for k, v in sorted(rest.items()))
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("_.")
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("_.")
+    if len(plain.encode()) <= 120:
+        return plain
+    return plain.encode()[:100].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def starting_model(config, splits, digest, folder, device):
@@ -275,6 +279,8 @@ def main(argv=None):
     chosen, counts = data.choose_pairs(records, config.pairs)
     print(f"{config.data}: " + ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) + " rows")
     print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    if contradictions := data.contradictions(splits["train"]):
+        print(f"{contradictions} rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that")
 
     model, tokenizer, trained = starting_model(config, splits, digest, folder, device)
     pairs, cut = data.encode(chosen, tokenizer, config.max_length)
@@ -309,10 +315,10 @@ def main(argv=None):
             answers = json.loads(line)
             print(side_by_side(answers.pop("prompt"), answers))
     question = "How do I make a ghost candle for the inn?" if config.data == "toy" else splits["test"][0].prompt.split("\n")[0]
-    source = "" if config.data == "toy" else f" --data {shlex.quote(config.data)}"
     print(f"\nDone in {time.time() - start:.0f} s. Next, for example:")
     print(f"  python eval.py {folder} --prompt {shlex.quote(question)}")
-    print(f"  python train.py{source} --pairs helpful      # DPO on the pairs as people ordered them: helpful, and unsafe")
+    if config.data == "toy" and config.pairs != "helpful":
+        print("  python train.py --pairs helpful      # DPO on the pairs as people ordered them: helpful, and unsafe")
     print(f"  python eval.py {folder.parent}/*      # all runs in one table")
 
 

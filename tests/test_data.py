@@ -120,6 +120,12 @@ def test_counts_of_T():
         choose_pairs(labelled(0, False, False, 4), "safedpo")
 
 
+def test_rows_whose_safer_id_contradicts_their_flags_are_counted():
+    rows = [row(safer_response_id=s, is_response_0_safe=a, is_response_1_safe=b) for s in (0, 1) for a in (True, False) for b in (True, False)]
+    records = [parse_record(r, "x") for r in rows]
+    assert data.contradictions(records) == 2  # 1 though only 0 is safe, and 0 though only 1 is safe
+
+
 def test_label_noise_flips_flags_and_nothing_else():
     records = labelled(0, True, False, 4000)
     noisy = flip_flags(records, 0.2, seed=0)

@@ -59,7 +59,7 @@ def test_a_finished_run_is_judged_without_an_annotator(finished):
     assert result["policy"]["kl"]["value"] != 0 and result["policy"]["n"] == 8
     assert result["reference"]["preferences"]["rewards/margins"] == 0
     text = table({"run": result})
-    assert "need an annotator, and that data has none" in text and "safe-unsafe" in text
+    assert "need an annotator, and that data has none" in text and "safe-unsafe" in text and "benign" not in text
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and samples[0].keys() == {"prompt", "reference", "policy"}
 
@@ -75,7 +75,7 @@ def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
             value = result["policy"][figure]
             assert value["ci95"][0] <= value["value"] <= value["ci95"][1]
     assert results["test"] != results["unseen"]
-    files = {f"{name}-toy-{split}" for split in results for name in ("eval", "samples")}
+    files = {f"{name}-datatoy{split}" for split in ("", "-splitunseen") for name in ("eval", "samples")}
     assert {f.stem for f in out.glob("*.json*")} == files | {"config"}, "the run's own eval.json is left alone"
     with pytest.raises(ValueError, match="--split nothing: toy has train, test, unseen"):
         evaluate(out, SETTINGS, source="toy", split="nothing", verbose=False)
@@ -108,7 +108,8 @@ def test_papers_scale_puts_sft_at_0_and_dpo_helpful_at_10():
     assert scale(1.0) == 0 and scale(3.0) == 10 and scale(2.0) == 5
     assert paper_scale({"a": results["a"], "c": result("helpful", 5, 3.0)}) is None
     text = table(results)
-    assert "paper's scale" in text and "5.00" in text and text.count("reference of") == 1, "one reference, shown once"
+    assert "paper's scale" in text and "5.00" in text and text.count("\nreference ") == 1, "one reference, shown once"
+    assert "reference of c" in table({**results, "c": result("safedpo", 5, 2.0, reference=1.5)})
 
 
 def test_cells():
@@ -123,6 +124,24 @@ def test_command_line_shows_writes_and_answers(finished, tmp_path, capsys):
     room.main([str(finished), "--prompt", "How do I make a red kite?", *flags])
     shown = capsys.readouterr().out
     assert "How do I make a red kite?" in shown and "reference:" in shown and "policy:" in shown
+
+
+def test_left_out_settings_are_the_runs_own_and_others_leave_its_figures_alone(finished, tmp_path, capsys):
+    room.main([str(finished), "--device", "cpu"])
+    before = (finished / "eval.json").read_bytes(), (finished / "samples.jsonl").read_bytes()
+    room.main([str(finished), "--device", "cpu", "--temperature", "0.5", "--eval_prompts", "4"])
+    assert "each of 4 prompts" in capsys.readouterr().out
+    assert ((finished / "eval.json").read_bytes(), (finished / "samples.jsonl").read_bytes()) == before
+    assert json.loads((finished / "eval-eval_prompts4-temperature0.5.json").read_text())["policy"]["n"] == 4
+
+
+def test_unfinished_runs_are_left_out_by_name(finished, tmp_path, capsys):
+    (tmp_path / "stopped").mkdir()
+    room.main([str(finished), str(tmp_path / "stopped"), "--device", "cpu"])
+    shown = capsys.readouterr()
+    assert f"left out: {tmp_path / 'stopped'}: holds no finished run" in shown.err and str(finished) in shown.out
+    with pytest.raises(ValueError, match="none of the folders"):
+        room.main([str(tmp_path / "stopped"), str(tmp_path), "--device", "cpu"])
 
 
 def test_sampling_depends_on_the_seed_alone(finished, tmp_path):

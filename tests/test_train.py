@@ -224,3 +224,5 @@ def test_out_dir_follows_from_the_flags():
     assert len({name(*flags) for flags in runs}) == len(runs)
     assert name("--delta", "5", "--resume") == name("--delta", "5") == name("--delta", "5.0")
     assert "/" not in name("--data", "../a/b", "--init_from", "/c/d")
+    long = [name("--init_from", "ü" * 300 + end) for end in "ab"]
+    assert len(set(long)) == 2 and max(len(n.encode()) for n in long) <= 120, "a file system's limit is 255 bytes"
