@@ -1,7 +1,6 @@
 """One way to save and one way to load. A file is written whole or not at all, and reading one runs no code of its own."""
 import json
 import os
-import pickle
 
 import torch
 
@@ -16,9 +15,10 @@ def load(path):
     """The state saved at path, on the CPU; reading it runs no code of the file's. ValueError if it is no such file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as e:
-        reason = (str(e).splitlines() or ["it ends early"])[0]
-        raise ValueError(f"{path}: not a checkpoint of ours ({reason}); expected a file that train.py saved")
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as e:  # bytes of another kind, or cut short, raise nearly anything
+        raise ValueError(f"{path}: not a checkpoint of ours ({type(e).__name__}); expected a file that train.py saved, whole")
 
 
 def read_json(path, needed=()):

@@ -254,6 +254,7 @@ class Batch(NamedTuple):
     h_l: torch.Tensor
     ref_w: torch.Tensor  # (B,) nats
     ref_l: torch.Tensor
+    pairs: list  # which of the run's pairs these are
     step_pairs: int  # totals of the step this batch is a part of, so that its micro-batches add up to the step's mean
     step_tokens: int
 
@@ -278,7 +279,7 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, device, ref=No
         rows = pack_rows([(pairs[i].x, [pairs[i].y_w, pairs[i].y_l]) for i in part]).to(device)
         h_w, h_l = torch.tensor([(pairs[i].h_w, pairs[i].h_l) for i in part], device=device).T
         ref_w, ref_l = (None, None) if ref is None else ref[part].to(device).T
-        yield Batch(rows, h_w, h_l, ref_w, ref_l, len(chosen), step_tokens)
+        yield Batch(rows, h_w, h_l, ref_w, ref_l, part, len(chosen), step_tokens)
 
 
 def steps_per_epoch(pairs, batch_size):

@@ -54,6 +54,9 @@ def parse(settings, argv=None):
 
 def run(main):
     """Call main. What the user can mend (ValueError, OSError, a loss that is no number) ends in one line and exit code 2."""
+    torch.set_flush_denormal(True)  # pairs the model is sure of have gradients so small that a CPU computes them slowly
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Greek letters shows a question mark
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as e:

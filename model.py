@@ -133,7 +133,7 @@ class Attention(nn.Module):
         group = self.n_head // self.n_kv_head
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        y = F.scaled_dot_product_attention(q.contiguous(), k, v, attn_mask=visible)  # compiled backwards ask for contiguous
         return self.out(y.transpose(1, 2).reshape(R, L, -1))
 
 
@@ -252,6 +252,7 @@ def sample(logits, temperature, top_p, generator):
     if top_p < 1:
         descending, token = probs.sort(-1, descending=True)
         outside = descending.cumsum(-1) - descending >= top_p  # those before it reach top_p without it
+        outside[..., 0] = False
         probs = probs.scatter(-1, token, descending.masked_fill(outside, 0.0))
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 

@@ -76,22 +76,27 @@ def preference_loss(beta, delta):
 
 def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, precision):
     """One optimizer step over micro-batches. Returns loss, gradient norm and figures (6, pairs) or None."""
-    total, figures = 0.0, []
+    losses, figures, pairs = [], [], []
     for batch in batches:
         with precision:
             logps = model(batch.rows)
         loss, parts = loss_function(logps, batch)
         scaler.scale(loss).backward()
-        total += loss.detach()
+        losses.append(loss.detach())
         figures.append(parts)
-    if not total.isfinite():
-        raise FloatingPointError(f"the loss is {total.item()}")
+        pairs.append(batch.pairs)
+    losses = torch.stack(losses)
+    if not losses.isfinite().all():
+        bad = int((~losses.isfinite()).nonzero()[0])
+        raise FloatingPointError(f"the loss is {losses[bad].item()} on pairs {pairs[bad]}")
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    if not scaler.is_enabled() and not norm.isfinite():  # an enabled scaler skips the step and scales less
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return total.item(), norm.item(), None if figures[0] is None else torch.cat(figures, 1)
+    return losses.sum().item(), norm.item(), None if figures[0] is None else torch.cat(figures, 1)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -149,6 +154,7 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
 
 def keep(folder, stage, step, model, optimizer, scaler):
     """Save what a resumed run goes on from. The step is the data cursor; nothing else has a state."""
+    check_weights(model)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     state = {name: part.state_dict() for name, part in parts.items()}
     checkpoint.save(folder / "state.pt", {"stage": stage, "step": step, **state})
@@ -172,6 +178,9 @@ def restore(folder, stage, model, optimizer, scaler):
 # ---------------------------------------------------------------------------------------------------------------------
 # Before and after the loop
 
+FILES = (  # what a run leaves in its folder
+    "config.json", "metrics.jsonl", "reference.pt", "policy.pt", "ref_logps.pt", "state.pt", "eval.json", "samples.jsonl",
+)
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")  # a checkpoint brings its own
 REFERENCE_FLAGS = SIZE_FLAGS + (  # what a reference trained by SFT depends on, beside the data
     "init_from", "seed", "device", "dtype", "max_length", "sft_epochs", "sft_lr", "sft_batch_size", "micro_batch_size", "warmup",
@@ -185,7 +194,7 @@ def open_run(argv):
     config = Config(**given)
     folder = Path(config.out_dir or Path("runs") / run_name(given))
     saved = folder / "config.json"
-    if saved.exists() and not config.resume:
+    if not config.resume and any((folder / name).exists() for name in FILES):
         raise ValueError(f"{folder} already holds a run; --resume goes on with it, --out_dir FOLDER starts another")
     if config.resume:
         if not saved.exists():
@@ -252,7 +261,15 @@ def find_reference(config, digest, folder):
             return saved.parent / "reference.pt"
 
 
+def check_weights(model):
+    """FloatingPointError if a weight is no number, so that the last good checkpoint stays."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise FloatingPointError(f"{name} holds weights that are no numbers; a smaller learning rate or Δ/β helps")
+
+
 def save_model(path, model, tokenizer):
+    check_weights(model)
     state = {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer.serialized()}
     checkpoint.save(path, state)
 
@@ -268,7 +285,6 @@ def reference_logps(model, pairs, config, folder, device):
 
 def main(argv=None):
     start = time.time()
-    torch.set_flush_denormal(True)  # pairs the model is sure of have gradients so small that a CPU computes them slowly
     config, folder = open_run(argv)
     device = torch.device(config.device)
     splits = data.load(config.data)
@@ -316,10 +332,10 @@ def main(argv=None):
             print(side_by_side(answers.pop("prompt"), answers))
     question = "How do I make a ghost candle for the inn?" if config.data == "toy" else splits["test"][0].prompt.split("\n")[0]
     print(f"\nDone in {time.time() - start:.0f} s. Next, for example:")
-    print(f"  python eval.py {folder} --prompt {shlex.quote(question)}")
+    print(f"  python eval.py {shlex.quote(str(folder))} --prompt {shlex.quote(question)}")
     if config.data == "toy" and config.pairs != "helpful":
         print("  python train.py --pairs helpful      # DPO on the pairs as people ordered them: helpful, and unsafe")
-    print(f"  python eval.py {folder.parent}/*      # all runs in one table")
+    print(f"  python eval.py {shlex.quote(str(folder.parent))}/*      # all runs in one table")
 
 
 if __name__ == "__main__":

@@ -75,18 +75,27 @@ def test_a_folder_with_a_run_is_left_alone(finished, folder, capsys):
     assert {p: p.read_bytes() for p in finished.iterdir()} == before
 
 
-def test_files_that_are_no_checkpoint(folder, capsys, tmp_path):
+def test_leftovers_of_a_run_are_not_taken_for_a_new_one(finished, folder, capsys, tmp_path):
+    for name in train.FILES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes((finished / name).read_bytes() if (finished / name).exists() else b"")
+        argv = [*TINY, "--data", str(folder), "--out_dir", str(tmp_path / name)]
+        assert "already holds a run" in complaint(train.main, argv, capsys)
+
+
+def test_files_that_are_no_checkpoint(finished, folder, capsys, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pickled.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "cut.pt").write_bytes((finished / "policy.pt").read_bytes()[:20000])
     torch.save({"config": {"wings": 2}, "model": {}, "tokenizer": "{}"}, tmp_path / "strange.pt")
     sized = [*TINY, "--data", str(folder), "--init_from", str(tmp_path / "text.pt")]
     assert "--vocab_size 400: --init_from" in complaint(train.main, sized, capsys)
     for name, message in {
         "list.pt": "holds no model", "strange.pt": "holds no model of ours",
-        "text.pt": "not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
+        "text.pt": "not a checkpoint of ours", "cut.pt": "cut.pt: not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
         "other.pt": "holds no model", "": "policy.pt",
     }.items():
         argv = [*SHORT, "--data", str(folder), "--init_from", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]

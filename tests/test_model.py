@@ -182,7 +182,7 @@ def test_sampling_stops_at_eos_each_row_for_itself():
 
 def test_top_p_keeps_the_smallest_sufficient_set():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    for top_p, kept in ((0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
+    for top_p, kept in ((1e-50, 1), (0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
         drawn = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0))
         assert set(drawn.tolist()) == set(range(kept))
     share = (drawn == 0).float().mean().item()
@@ -203,7 +203,8 @@ def test_rms_norm_against_torch():
     norm, x = RMSNorm(16, 1e-5), torch.randn(3, 16)
     torch.nn.init.uniform_(norm.weight)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, 1e-5))
-    assert norm(torch.full((1, 16), 1e4, dtype=torch.float16)).isfinite().all()
+    large = torch.full((1, 16), 1e4, dtype=torch.float16)  # its squares overflow fp16
+    torch.testing.assert_close(norm(large)[0], norm.weight)
 
 
 def test_rotation_turns_by_angle_and_keeps_lengths():

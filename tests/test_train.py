@@ -109,8 +109,19 @@ def test_a_larger_delta_pulls_harder():
 def test_a_loss_that_is_no_number_stops_before_the_step():
     model, pairs = make(), token_pairs()
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError, match="the loss is nan"):
-        step(model, optimizer_of(model), pairs, torch.full((8, 2), torch.nan))
+    ref = torch.zeros(8, 2)
+    ref[5] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"the loss is nan on pairs \[5\]"):
+        step(model, optimizer_of(model), pairs, ref, micro=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_gradients_that_are_no_numbers_stop_before_the_step():
+    model, pairs = make(), token_pairs()
+    before = [p.clone() for p in model.parameters()]
+    infinite = lambda logps, batch: ((logps.sum() - logps.sum().detach()).abs().sqrt(), None)  # the slope of √ at 0
+    with pytest.raises(FloatingPointError, match="the gradient's norm is"):
+        step(model, optimizer_of(model), pairs, None, loss=infinite)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
@@ -121,8 +132,38 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert train.learning_rate(0, 1, 2.0, 0.0) == 2.0 and train.learning_rate(0, 1, 2.0, 1.0) == 2.0
 
 
+def test_optimizer_decays_matrices_only():
+    model = make()
+    decay = {id(p): group["weight_decay"] for group in train.make_optimizer(model, 0.3).param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {n: 0.3 * (p.dim() > 1) for n, p in model.named_parameters()}
+
+
+def test_gradients_are_clipped_to_the_norm_given():
+    model, pairs, seen = make(), token_pairs(), []
+    optimizer = optimizer_of(model)
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append(sum(p.grad.square().sum() for g in o.param_groups for p in g["params"]).sqrt().item()))
+    _, norm, _ = step(model, optimizer, pairs, reference(model, pairs), beta=1.0)
+    assert norm > 1 and seen == [pytest.approx(1.0, rel=1e-4)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
+
+
+def test_flags_reach_the_stages_they_name(rows, folder, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "fit", lambda *arguments: calls.append(arguments))
+    flags = "--sft_lr 0.5 --lr 0.25 --batch_size 7 --sft_batch_size 3 --epochs 4 --sft_epochs 2 --beta 3 --delta 4 --label_noise 1"
+    train.main([*TINY, *flags.split(), "--data", str(folder), "--out_dir", str(tmp_path)])
+    sft, safedpo = calls
+    assert (sft[0], len(sft[2]), sft[3], sft[5:8]) == ("sft", 96, None, (2, 3, 0.5)), "SFT sees both answers of every row"
+    assert (safedpo[0], safedpo[5:8]) == ("safedpo", (4, 7, 0.25))
+    flipped = [(not r["is_response_0_safe"], not r["is_response_1_safe"], r["better_response_id"]) for r in rows["train"][:96]]
+    expected = [(0, 1 - (s[0] and s[1])) for *s, better in flipped if any(s)]  # T leaves a safe winner
+    assert [(p.h_w, p.h_l) for p in safedpo[2]] == expected
+    figures = torch.tensor([-4.0, -6.0]), torch.tensor([-1.0]), torch.tensor([-2.5]), torch.tensor([0]), torch.tensor([1])
+    batch = data.Batch(None, figures[3], figures[4], figures[1], figures[2], [0], 1, 2)
+    assert safedpo[4](figures[0], batch)[0].item() == pytest.approx(math.log1p(math.exp(4 - 3 * (-3.0 + 3.5))))
 
 
 def lines(out):
@@ -141,6 +182,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert result["reference"]["kl"]["value"] == 0
     metrics = [m for m in lines(finished) if m["stage"] == "safedpo"]
     assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    assert [m["learning_rate"] for m in metrics] == [train.learning_rate(s, len(metrics), 4e-4, 0.3) for s in range(len(metrics))]
     names = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
              "rewards/accuracies", "logps/chosen", "logps/rejected", "safe-safe/rewards/margins", "safe-unsafe/logps/chosen"}
     assert names <= metrics[0].keys()
@@ -177,6 +219,12 @@ def test_a_stopped_run_resumes_to_the_bit(finished, folder, tmp_path, monkeypatc
     train.main([*flags, "--resume"])
     assert torch.equal(weights(tmp_path / "run"), weights(finished))
     assert lines(tmp_path / "run") == lines(finished)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path):
+    with pytest.raises(FloatingPointError):
+        train.main([*TINY, "--data", str(folder), "--sft_lr", "1e38", "--sft_batch_size", "500", "--out_dir", str(tmp_path)])
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_resume_of_a_finished_run_trains_nothing(finished, capsys):

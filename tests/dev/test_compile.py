@@ -1,0 +1,15 @@
+"""torch.compile, which CUDA runs use by default, on the CPU: the same steps, up to rounding."""
+import json
+
+import pytest
+from conftest import TINY
+
+import train
+
+
+def test_a_compiled_run_is_the_eager_run(finished, folder, tmp_path):
+    train.main([*TINY, "--data", str(folder), "--delta", "5", "--compile", "--out_dir", str(tmp_path)])
+    compiled, eager = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (tmp_path, finished))
+    assert len(compiled) == len(eager) > 4
+    for a, b in zip(compiled, eager):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
