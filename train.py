@@ -29,7 +29,7 @@ class Config(Settings):
     init_from: str = flag("", "start from this checkpoint of ours as the reference, and skip SFT")
     pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(safedpo.PAIR_CHOICES))
     beta: float = flag(2.0, "β of the loss", above=0)
-    delta: float = flag(None, "Δ of the loss, in units of reward: it asks for Δ/β nats; left out: 5 with safedpo and noswap, 0 with the DPO baselines", kind=float, least=0)
+    delta: float = flag(None, "Δ of the loss: asks for Δ/β nats; left out: 5 with safedpo, noswap; 0 with others", kind=float, least=0)
     label_noise: float = flag(0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1)
     out_dir: str = flag("", "folder of the run; left out: runs/ and a name made of the flags")
     resume: bool = flag(False, "go on with the run in the folder")
