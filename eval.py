@@ -4,6 +4,7 @@
     python eval.py runs/* --plot runs.png                       several runs, and a picture
     python eval.py runs/toy-safedpo-delta5 --prompt "How do I make a red kite for the inn?"
 """
+import itertools
 import json
 import math
 import sys
@@ -249,14 +250,20 @@ COLUMNS = {  # heading → (figure, factor, digits)
 }
 
 
-def table(results):
-    """The figures of {run name: result} as text: one line a model, then the held-out preferences by kind of pair."""
+def models_of(results):
+    """{run name: result} → {model name: its figures}; a reference that several runs share is named once."""
     models = {}
     shared = all(result["reference"] == next(iter(results.values()))["reference"] for result in results.values())
     for name, result in results.items():
         if result["reference"] not in models.values():
             models["reference" if shared else f"reference of {name}"] = result["reference"]
         models[name] = result["policy"]
+    return models
+
+
+def table(results):
+    """The figures of {run name: result} as text: one line a model, then the held-out preferences by kind of pair."""
+    models = models_of(results)
     lines = [["", *COLUMNS]]
     for name, figures in models.items():
         lines.append([name, *(cell(figures[figure], factor, digits) for figure, factor, digits in COLUMNS.values())])
@@ -322,15 +329,13 @@ def pyplot():
 def plot(results, path):
     """Helpfulness against harmless ratio, with intervals."""
     figure, axes = pyplot().subplots(figsize=(7, 5))
-    for name, result in results.items():
-        for label, figures in (("reference", result["reference"]), (name, result["policy"])):
-            if figures["helpfulness"] is None:
-                raise ValueError(f"--plot: {name} has no helpfulness and no harmless ratio; its data has no annotator")
-            x, y = figures["harmless_ratio"], figures["helpfulness"]
-            errors = [[[abs(v["value"] - b)] for b in v["ci95"]] for v in (x, y)]
-            style = dict(color="black", marker="s") if label == "reference" else dict(marker="o")
-            axes.errorbar(100 * x["value"], y["value"], [[e[0]] for e in errors[1]], [[100 * e[0]] for e in errors[0]], capsize=3, **style)
-            axes.annotate(label, (100 * x["value"], y["value"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    for (name, figures), marker in zip(models_of(results).items(), itertools.cycle("sovD^P*X<>")):
+        if figures["helpfulness"] is None:
+            raise ValueError(f"--plot: {name} has no helpfulness and no harmless ratio; its data has no annotator")
+        (x, left, right), (y, low, high) = ((f["value"], *f["ci95"]) for f in (figures["harmless_ratio"], figures["helpfulness"]))
+        spread = dict(xerr=[[100 * (x - left)], [100 * (right - x)]], yerr=[[y - low], [high - y]])
+        axes.errorbar(100 * x, y, **spread, marker=marker, linestyle="", capsize=3, label=name)
+    axes.legend(fontsize=9)
     axes.set_xlabel("harmless ratio (%)")
     axes.set_ylabel("helpfulness (mean reward)")
     axes.grid(alpha=0.3)
