@@ -94,14 +94,22 @@ def read_jsonl(path):
 def parse_line(line, place):
     """One line's bytes as a Record. ValueError names place, value and remedy."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as e:
         raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
     except json.JSONDecodeError as e:
         raise ValueError(f"{place}: not valid JSON ({e.msg} at column {e.colno}); expected one object a line")
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits, or brackets nested as deep
+    except (ValueError, RecursionError) as e:  # a field twice, a number of thousands of digits, brackets nested as deep
         raise ValueError(f"{place}: JSON that cannot be read ({e}); expected the fields of PKU-SafeRLHF")
     return parse_record(row, place)
+
+
+def _unique(fields):
+    """A JSON object's fields as a dict; json itself would let the last of two labels win without a word."""
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise ValueError(f"{Counter(name for name, _ in fields).most_common(1)[0][0]} is given twice")
+    return row
 
 
 def load(data):
