@@ -276,11 +276,11 @@ def epoch_order(n, seed, epoch):
 def step_batches(pairs, step, batch_size, micro_batch_size, seed, device, ref=None):
     """The micro-batches of one step. ref: (n, 2) reference log-probabilities of winner and loser, or None.
 
-    The step's pairs are sorted by length before they are cut, so that little is padding; their mean is the same.
+    The step's pairs are sorted by length before they are cut, so that little is padding in attention; their mean is the same.
     """
     epoch, i = divmod(step, steps_per_epoch(pairs, batch_size))
     chosen = epoch_order(len(pairs), seed, epoch)[i * batch_size : (i + 1) * batch_size].tolist()
-    chosen.sort(key=lambda i: sum(map(len, pairs[i][:3])))
+    chosen.sort(key=lambda i: len(pairs[i].x) + max(len(pairs[i].y_w), len(pairs[i].y_l)))
     step_tokens = sum(len(pairs[i].y_w) + len(pairs[i].y_l) for i in chosen)
     for start in range(0, len(chosen), micro_batch_size):
         part = chosen[start : start + micro_batch_size]

@@ -70,7 +70,7 @@ def load_model(path, device):
 @torch.no_grad()
 def log_probs(model, examples, device, dtype, title=None):
     """log π(y | x) in nats of [(x, [y, …]), …], all with as many answers: (n, answers) float32 on the CPU."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + sum(map(len, examples[i][1])))
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + max(map(len, examples[i][1])))
     out = torch.empty(len(examples), len(examples[0][1]))
     for start in tqdm(range(0, len(order), ROWS_AT_ONCE), title, disable=title is None, leave=False):
         part = order[start : start + ROWS_AT_ONCE]

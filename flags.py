@@ -1,5 +1,6 @@
 """Flags, declared once: a frozen dataclass is the argument parser, the checked settings and the saved config.json."""
 import argparse
+import ctypes
 import math
 import operator
 import sys
@@ -54,6 +55,7 @@ def parse(settings, argv=None):
 
 def run(main):
     """Call main. What the user can mend (ValueError, OSError, a loss that is no number) ends in one line and exit code 2."""
+    keep_freed_memory()
     torch.set_flush_denormal(True)  # pairs the model is sure of have gradients so small that a CPU computes them slowly
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Greek letters shows a question mark
@@ -65,6 +67,15 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def keep_freed_memory():
+    """Have Linux's malloc reuse what tensors free. By default large ones go back to the kernel, which clears new pages each time."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_device(name):

@@ -2,26 +2,28 @@
 
 RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v; a tied or a separate head.
 
-The model's forward gives log π(y | x) of every answer in a batch of rows. A row holds a prompt once, and behind it each
-of the answers to it; branches keep the answers apart:
+The model's forward gives log π(y | x) of every answer in a batch of prompts, each with any number of answers. A prompt's
+tokens are computed once for all its answers:
 
     tokens     p p p p  w w w <eos>  l l <eos>
-    branch     0 0 0 0  1 1 1 1      2 2 2
     position   0 1 2 3  4 5 6 7      4 5 6
 
-A key is visible to a query if it is not later in the row, and its branch is 0 or the query's own. So each answer sees
-the prompt and itself, as if it stood in a row of its own: exact, without computing the prompt twice.
+Everything but attention works on these, one by one, without padding. Attention is causal, over one sequence an answer:
+
+    p p p p w w w <eos>
+    p p p p l l <eos> ·
+
+A prompt's keys and values are the same in each of them, so that this is exact, and no mask is needed: the padding stands
+behind every real token, where none can see it.
 """
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**23  # elements; the head works through the answer tokens in chunks of this size
+LOGITS_AT_ONCE = 2**24  # elements; the head works through the answer tokens in chunks of this size
 
 
 @dataclass(frozen=True)
@@ -49,51 +51,39 @@ class ModelConfig:
 
 
 class Rows(NamedTuple):
-    """R rows of length L, padded on the right, holding A answers with N answer tokens in all."""
+    """R prompts with A answers, N answer tokens, T tokens in all, the longest prompt and answer having L together."""
 
-    tokens: torch.Tensor  # (R, L) int64
-    branch: torch.Tensor  # (R, L) int64: 0 prompt, 1, 2, … answers
-    position: torch.Tensor  # (R, L) int64: where the token would stand if its answer alone followed the prompt
-    source: torch.Tensor  # (N,) int64: flat index into R·L of the token that predicts the n-th answer token
+    tokens: torch.Tensor  # (T,) int64, row after row
+    position: torch.Tensor  # (T,) int64: where the token would stand if its answer alone followed the prompt
+    sequences: torch.Tensor  # (A, L) int64: which of the T tokens attention sees there; 0 behind the last one
+    place: torch.Tensor  # (T,) int64: flat index into sequences of (one of) its places
+    source: torch.Tensor  # (N,) int64: which of the T tokens predicts the n-th answer token
     target: torch.Tensor  # (N,) int64: the n-th answer token
     answer: torch.Tensor  # (N,) int64: which of the A answers it belongs to, counted row by row
-    length: torch.Tensor  # (A,) int64: tokens of each answer
 
     def to(self, device):
         return Rows(*(t.to(device, non_blocking=True) for t in self))
 
 
 def pack_rows(examples):
-    """Rows of [(prompt ids, [answer ids, …]), …]. Prompts and answers are not empty; an answer's EOS is among its ids.
-
-    Padding needs no mask of its own: it stands behind every real token, where none can see it.
-    """
-    width = max(len(x) + sum(map(len, answers)) for x, answers in examples)
-    tokens, branch, position, source, target, answer, length = [], [], [], [], [], [], []
-    for r, (x, answers) in enumerate(examples):
-        row, marks, places = list(x), [0] * len(x), list(range(len(x)))
-        for b, y in enumerate(answers, 1):
-            start = r * width + len(row)
-            source += [r * width + len(x) - 1, *range(start, start + len(y) - 1)]  # the prompt's last token predicts y[0]
-            answer += [len(length)] * len(y)
+    """Rows of [(prompt ids, [answer ids, …]), …]. Prompts and answers are not empty; an answer's EOS is among its ids."""
+    L = max(len(x) + len(y) for x, answers in examples for y in answers)
+    tokens, position, sequences, place, source, target, answer = ([] for _ in range(7))
+    for x, answers in examples:
+        prompt = range(len(tokens), len(tokens) + len(x))
+        tokens += x
+        position += range(len(x))
+        place += range(len(sequences) * L, len(sequences) * L + len(x))
+        for y in answers:
+            own = range(len(tokens), len(tokens) + len(y))
+            tokens += y
+            position += range(len(x), len(x) + len(y))
+            place += range(len(sequences) * L + len(x), len(sequences) * L + len(x) + len(y))
+            source += [prompt[-1], *own][:-1]  # the prompt's last token predicts the answer's first
             target += y
-            length.append(len(y))
-            row += y
-            marks += [b] * len(y)
-            places += range(len(x), len(x) + len(y))
-        pad = [0] * (width - len(row))
-        tokens.append(row + pad)
-        branch.append(marks + pad)
-        position.append(places + pad)
-    return Rows(*map(torch.tensor, (tokens, branch, position, source, target, answer, length)))
-
-
-def visible_keys(branch):
-    """branch (R, L) → (R, 1, L, L) bool: may query i see key j."""
-    L = branch.shape[1]
-    causal = torch.ones(L, L, dtype=torch.bool, device=branch.device).tril()
-    query, key = branch[:, :, None], branch[:, None, :]
-    return (causal & ((key == 0) | (key == query)))[:, None]
+            answer += [len(sequences)] * len(y)
+            sequences.append([*prompt, *own] + [0] * (L - len(x) - len(y)))
+    return Rows(*map(torch.tensor, (tokens, position, sequences, place, source, target, answer)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +102,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions on x (R, heads, L, D): the halves of each head are the two coordinates of D/2 planes."""
+    """Rotary positions on x (T, heads, D): the halves of each head are the two coordinates of D/2 planes."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
@@ -123,18 +113,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * self.d_head, bias=c.qkv_bias)
         self.out = nn.Linear(c.d_model, c.d_model, bias=False)
 
-    def forward(self, x, rotary, visible, cache=None):
-        R, L, _ = x.shape
-        qkv = self.qkv(x).view(R, L, -1, self.d_head).transpose(1, 2)  # (R, heads, L, D)
-        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
-        q, k = rotate(qk, *rotary).split((self.n_head, self.n_kv_head), 1)
+    def forward(self, x, rotary, sequences, place, visible=None, cache=None):
+        qk, v = self.qkv(x).unflatten(-1, (-1, self.d_head)).split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
+        qkv = torch.cat((rotate(qk, *rotary), v), 1)  # (T, heads, D)
+        qkv = qkv.index_select(0, sequences.flatten()).unflatten(0, sequences.shape).transpose(1, 2)  # (A, heads, L, D)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
         if cache is not None:
             k, v = cache.extend(k, v)
         group = self.n_head // self.n_kv_head
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q.contiguous(), k, v, attn_mask=visible)  # compiled backwards ask for contiguous
-        return self.out(y.transpose(1, 2).reshape(R, L, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+        return self.out(y.transpose(1, 2).flatten(0, 1).index_select(0, place).flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -154,8 +144,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = RMSNorm(c.d_model, c.norm_eps), Attention(c)
         self.mlp_norm, self.mlp = RMSNorm(c.d_model, c.norm_eps), SwiGLU(c)
 
-    def forward(self, x, rotary, visible, cache=None):
-        x = x + self.attention(self.attention_norm(x), rotary, visible, cache)
+    def forward(self, x, *where):
+        x = x + self.attention(self.attention_norm(x), *where)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -179,23 +169,26 @@ class Transformer(nn.Module):
 
     def forward(self, rows):
         """log π(y | x) of every answer in the rows: (A,) float32, nats, summed over the answer's tokens."""
-        hidden = self.hidden(rows.tokens, rows.position, visible_keys(rows.branch)).flatten(0, 1)  # (R·L, d)
-        logps = token_logps(hidden[rows.source], self.head.weight, rows.target)
-        return logps.new_zeros(len(rows.length)).index_add(0, rows.answer, logps)
+        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place)
+        logps = TokenLogps.apply(hidden[rows.source], self.head.weight, rows.target)
+        return logps.new_zeros(len(rows.sequences)).index_add(0, rows.answer, logps)
 
-    def hidden(self, tokens, position, visible, caches=None):
-        """tokens, position (R, L), visible (R, 1, L, keys) → hidden states after the last norm, (R, L, d)."""
+    def hidden(self, tokens, position, sequences, place, visible=None, caches=None):
+        """tokens, position, place (T,), sequences (A, L) → hidden states after the last norm, (T, d).
+
+        visible (A, 1, L, keys) bool instead of a causal mask, where caches hold keys of earlier tokens.
+        """
         x = self.embedding(tokens)
         rotary = self.rotary(position)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, visible, caches and caches[i])
+            x = block(x, rotary, sequences, place, visible, caches and caches[i])
         return self.norm(x)
 
     def rotary(self, position):
-        """What `rotate` multiplies with: cos and ±sin of each position's angles, (R, 1, L, D), float32."""
+        """What `rotate` multiplies with: cos and ±sin of each position's angles, (T, 1, D), float32."""
         half = self.config.d_model // self.config.n_head // 2
         frequency = self.config.rope_theta ** (-torch.arange(half, device=position.device) / half)
-        angle = position[:, None, :, None] * frequency
+        angle = position[:, None, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -208,14 +201,15 @@ class Transformer(nn.Module):
         tokens whose probabilities sum to top_p.
         """
         device = self.embedding.weight.device
-        rows = pack_rows([(x, []) for x in prompts]).to(device)
-        R, L = rows.tokens.shape
+        rows = pack_rows([(x, [[]]) for x in prompts]).to(device)
+        R, L = rows.sequences.shape
         length = torch.tensor([len(x) for x in prompts], device=device)
         column = torch.arange(L + max_new_tokens, device=device)
         caches = [Cache(L + max_new_tokens) for _ in self.blocks]
-        hidden = self.hidden(rows.tokens, rows.position, visible_keys(rows.branch), caches)
-        hidden = hidden[torch.arange(R, device=device), length - 1]  # (R, d)
+        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place, caches=caches)
+        hidden = hidden[length.cumsum(0) - 1]  # (R, d)
         seen = (column < length[:, None]) | (column >= L)  # (R, columns): the prompt, and what is sampled
+        row = torch.arange(R, device=device)
         answers = torch.full((R, max_new_tokens), eos, device=device)
         ended = torch.zeros(R, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
@@ -225,7 +219,7 @@ class Transformer(nn.Module):
             if ended.all() or t + 1 == max_new_tokens:
                 break
             visible = seen[:, None, None, : L + t + 1]
-            hidden = self.hidden(token[:, None], (length + t)[:, None], visible, caches)[:, 0]
+            hidden = self.hidden(token, length + t, row[:, None], row, visible, caches)
         answers = answers.tolist()
         return [y[: y.index(eos) + 1] if eos in y else y for y in answers]
 
@@ -261,18 +255,34 @@ def sample(logits, temperature, top_p, generator):
 # Log-probabilities, without ever holding all logits
 
 
-def token_logps(hidden, head, target):
+class TokenLogps(torch.autograd.Function):
     """log-softmax(hidden · headᵀ) at target: hidden (N, d), head (V, d), target (N,) → (N,) float32, nats.
 
-    Works through chunks of LOGITS_AT_ONCE elements; if there are several, the backward pass computes a chunk's logits
-    again.
+    Works through chunks of LOGITS_AT_ONCE elements. The gradient is written out, ∂ logp / ∂ logits = onehot(target) − p, so
+    that one chunk of p is all that is ever held: kept for the backward pass if it is the only one, else computed again.
     """
-    size = max(1, LOGITS_AT_ONCE // len(head))
-    if len(hidden) <= size:
-        return _chunk_logps(hidden, head, target)
-    chunks = zip(hidden.split(size), target.split(size))
-    return torch.cat([checkpoint(_chunk_logps, h, head, t, use_reentrant=False) for h, t in chunks])
 
+    @staticmethod
+    def forward(ctx, hidden, head, target):
+        ctx.size = max(1, LOGITS_AT_ONCE // len(head))
+        logps = []
+        for h, t in zip(hidden.split(ctx.size), target.split(ctx.size)):
+            logits = F.linear(h, head)  # in autocast's type, if it is on
+            all_logps = logits.float().log_softmax(-1)
+            logps.append(all_logps.gather(1, t[:, None]).squeeze(1))
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(hidden, head, target, all_logps if len(logps) == 1 else None)
+        return torch.cat(logps)
 
-def _chunk_logps(hidden, head, target):
-    return -F.cross_entropy(F.linear(hidden, head).float(), target, reduction="none")
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, head, target, kept = ctx.saved_tensors
+        hidden, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
+        grad_hidden, grad_head = [], None
+        for h, t, g in zip(*(x.split(ctx.size) for x in (hidden, target, grad))):
+            all_logps = F.linear(h, weight).float().log_softmax(-1) if kept is None else kept
+            grad_logits = all_logps.exp_().mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None]).to(ctx.dtype)
+            grad_hidden.append(grad_logits @ weight)
+            part = (grad_logits.T @ h).to(head.dtype)
+            grad_head = part if grad_head is None else grad_head.add_(part)
+        return torch.cat(grad_hidden), grad_head, None

@@ -197,7 +197,7 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own():
         for step in range(epoch * 5, epoch * 5 + steps_per_epoch(pairs, 5)):
             for batch in step_batches(pairs, step, 5, 2, seed=0, device="cpu"):
                 assert len(batch.h_w) <= 2
-                order += batch.rows.tokens[:, 0].tolist()
+                order += batch.rows.tokens[batch.rows.position == 0].tolist()
         assert Counter(order) == Counter(range(100, 123))
         seen.append(order)
     assert seen[0] != seen[1]
@@ -206,12 +206,12 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own():
 def test_a_step_is_sorted_and_carries_its_own_totals():
     pairs, ref = token_pairs(), torch.arange(46.0).view(23, 2)
     batches = list(step_batches(pairs, 1, 8, 3, seed=0, device="cpu", ref=ref))
-    widths = [b.rows.tokens.shape[1] for b in batches]
+    widths = [b.rows.sequences.shape[1] for b in batches]
     assert widths == sorted(widths) and [len(b.h_w) for b in batches] == [3, 3, 2]
     assert {b.step_pairs for b in batches} == {8}
     assert {b.step_tokens for b in batches} == {sum(len(b.rows.target) for b in batches)}
     for b in batches:  # references and labels travel with their pairs
-        i = b.rows.tokens[:, 0] - 100
+        i = b.rows.tokens[b.rows.position == 0] - 100
         assert torch.equal(b.ref_w, ref[i, 0]) and torch.equal(b.ref_l, ref[i, 1]) and torch.equal(b.h_l, i % 2)
 
 

@@ -133,11 +133,10 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
 def plain_logp(path, x, y):
     """log π(y | x) from the logits of one plain sequence."""
     model, _ = room.load_model(path, CPU)
-    tokens = torch.tensor([x + y])
-    L = tokens.shape[1]
+    tokens, positions = torch.tensor(x + y), torch.arange(len(x + y))
     with torch.no_grad():
-        logits = model.head(model.hidden(tokens, torch.arange(L)[None], torch.ones(1, 1, L, L, dtype=torch.bool).tril()))
-    return response_logps(logits, tokens, torch.arange(L)[None] >= len(x)).item()
+        logits = model.head(model.hidden(tokens, positions, positions[None], positions))
+    return response_logps(logits[None], tokens[None], positions[None] >= len(x)).item()
 
 
 def test_answers_go_to_their_prompts_and_settings_reach_the_sampler(finished, monkeypatch):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as room
-from model import Attention, ModelConfig, RMSNorm, Transformer, pack_rows, rotate, sample, token_logps, visible_keys
+from model import Attention, ModelConfig, RMSNorm, TokenLogps, Transformer, pack_rows, rotate, sample
 from safedpo import response_logps
 
 VOCAB, EOS = 50, 49
@@ -28,11 +28,14 @@ def examples(seed=0, n=5):
     return [(ids(1, 9), [ids(0, 7) + [EOS], ids(0, 12) + [EOS]]) for _ in range(n)]
 
 
+def alone(T):
+    """position, sequences and place of one sequence of T tokens."""
+    return torch.arange(T), torch.arange(T)[None], torch.arange(T)
+
+
 def plain_logits(net, ids):
-    """One sequence alone, causal, positions 0, 1, 2, …: (1, T, V)."""
-    T = len(ids)
-    hidden = net.hidden(torch.tensor([ids]), torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
-    return net.head(hidden)
+    """One sequence alone: (1, T, V)."""
+    return net.head(net.hidden(torch.tensor(ids), *alone(len(ids))))[None]
 
 
 def plain_logps(net, rows):
@@ -66,9 +69,9 @@ def test_row_order_batch_mates_and_padding_change_nothing():
     net, rows = make(), examples(n=6)
     together = net(pack_rows(rows)).view(6, 2)
     backwards = net(pack_rows(rows[::-1])).view(6, 2).flip(0)
-    alone = torch.stack([net(pack_rows([row])) for row in rows])
+    single = torch.stack([net(pack_rows([row])) for row in rows])
     longest = net(pack_rows(rows + [([1] * 40, [[2] * 40 + [EOS], [EOS]])])).view(7, 2)[:6]
-    for other in (backwards, alone, longest):
+    for other in (backwards, single, longest):
         torch.testing.assert_close(other, together, rtol=1e-5, atol=1e-5)
 
 
@@ -83,15 +86,15 @@ def test_the_other_answer_is_invisible():
 
 def test_row_layout_as_documented():
     rows = pack_rows([([1, 2, 3, 4], [[5, 6, 7, 9], [8, 8, 9]]), ([1], [[9], [9]])])
-    assert rows.tokens[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8, 8, 9]
-    assert rows.branch[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
-    assert rows.position[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6]
+    assert rows.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8, 8, 9, 1, 9, 9]
+    assert rows.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 0, 1, 1]
+    assert rows.sequences.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 0], [11, 12, 0, 0, 0, 0, 0, 0], [11, 13, 0, 0, 0, 0, 0, 0]
+    ]  # fmt: skip
+    assert rows.sequences.flatten()[rows.place].tolist() == list(range(14))
     assert rows.source.tolist() == [3, 4, 5, 6, 3, 8, 9, 11, 11]  # both first tokens come from the last prompt token
     assert rows.target.tolist() == [5, 6, 7, 9, 8, 8, 9, 9, 9]
-    assert rows.answer.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 3] and rows.length.tolist() == [4, 3, 1, 1]
-    visible = visible_keys(rows.branch)[0, 0]
-    assert visible[10].tolist() == [True] * 4 + [False] * 4 + [True] * 3
-    assert visible[5].tolist() == [True] * 6 + [False] * 5
+    assert rows.answer.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def test_chunked_logps_equal_plain_ones(monkeypatch):
     expected = torch.autograd.grad((plain * weight).sum(), (hidden, head))
     for at_once in (1, 5 * VOCAB, 10**9):
         monkeypatch.setattr(room, "LOGITS_AT_ONCE", at_once)
-        chunked = token_logps(hidden, head, target)
+        chunked = TokenLogps.apply(hidden, head, target)
         torch.testing.assert_close(chunked, plain)
         for a, b in zip(torch.autograd.grad((chunked * weight).sum(), (hidden, head)), expected):
             torch.testing.assert_close(a, b)
@@ -208,34 +211,34 @@ def test_rms_norm_against_torch():
 
 
 def test_rotation_turns_by_angle_and_keeps_lengths():
-    x, angle = torch.randn(1, 1, 1, 4), torch.tensor([0.3, 1.1])
-    turned = rotate(x, angle.cos().repeat(2), torch.cat((-angle.sin(), angle.sin())))[0, 0, 0]
+    x, angle = torch.randn(1, 1, 4), torch.tensor([0.3, 1.1])
+    turned = rotate(x, angle.cos().repeat(2), torch.cat((-angle.sin(), angle.sin())))[0, 0]
     for i in range(2):  # plane i is (x_i, x_{i + D/2})
-        before, after = complex(x[0, 0, 0, i], x[0, 0, 0, i + 2]), complex(turned[i], turned[i + 2])
+        before, after = complex(x[0, 0, i], x[0, 0, i + 2]), complex(turned[i], turned[i + 2])
         assert abs(after - before * complex(math.cos(angle[i]), math.sin(angle[i]))) < 1e-6
 
 
 def test_only_relative_positions_matter():
-    net, tokens = make(), torch.tensor([[1, 2, 3, 4]])
-    mask, position = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(), torch.arange(4)[None]
-    torch.testing.assert_close(net.hidden(tokens, position, mask), net.hidden(tokens, position + 7, mask), rtol=1e-4, atol=1e-4)
-    swapped = net.hidden(tokens, position.flip(1), mask)
-    assert (swapped - net.hidden(tokens, position, mask)).abs().max() > 1e-2
+    net, tokens = make(), torch.tensor([1, 2, 3, 4])
+    position, *where = alone(4)
+    expected = net.hidden(tokens, position, *where)
+    torch.testing.assert_close(net.hidden(tokens, position + 7, *where), expected, rtol=1e-4, atol=1e-4)
+    assert (net.hidden(tokens, position.flip(0), *where) - expected).abs().max() > 1e-2
 
 
 def test_attention_against_a_plain_loop():
     torch.manual_seed(0)
     config = ModelConfig(VOCAB, n_head=4, n_kv_head=2, d_model=16, qkv_bias=True)
-    layer, x = Attention(config), torch.randn(1, 5, 16)
-    visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    qkv = layer.qkv(x)[0].view(5, 8, 4)  # 4 query heads, 2 key heads, 2 value heads, of size 4
+    layer, x = Attention(config), torch.randn(5, 16)
+    earlier = torch.ones(5, 5, dtype=torch.bool).tril()
+    qkv = layer.qkv(x).view(5, 8, 4)  # 4 query heads, 2 key heads, 2 value heads, of size 4
     heads = []
     for h in range(4):
         q, k, v = qkv[:, h], qkv[:, 4 + h // 2], qkv[:, 6 + h // 2]
-        scores = (q @ k.T / 2).masked_fill(~visible[0, 0], -torch.inf)
+        scores = (q @ k.T / 2).masked_fill(~earlier, -torch.inf)
         heads.append(scores.softmax(-1) @ v)
-    still = torch.ones(1, 1, 5, 4), torch.zeros(1, 1, 5, 4)  # no rotation
-    torch.testing.assert_close(layer(x, still, visible)[0], layer.out(torch.cat(heads, -1)))
+    still = torch.ones(5, 1, 4), torch.zeros(5, 1, 4)  # no rotation
+    torch.testing.assert_close(layer(x, still, *alone(5)[1:]), layer.out(torch.cat(heads, -1)))
 
 
 def test_tied_head_is_the_embedding():
