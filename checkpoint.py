@@ -4,9 +4,16 @@ import os
 
 import torch
 
+import parallel
+
 
 def save(path, state):
-    """Write `state` to path. It is written beside path, synced and renamed, so path always holds one whole file."""
+    """Write `state` to path. It is written beside path, synced and renamed, so path always holds one whole file.
+
+    Of several processes only the first writes.
+    """
+    if parallel.rank():
+        return
     with replacing(path, "wb") as f:
         torch.save(state, f)
 

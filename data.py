@@ -10,6 +10,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -257,7 +258,7 @@ def encode(pairs, tokenizer, max_length):
 class Batch(NamedTuple):
     """B pairs as rows of two answers, winner first. ref_w, ref_l are None where no reference is needed."""
 
-    rows: Rows
+    rows: Rows  # 2·B answers; where B = 0, those of some pair, for company
     h_w: torch.Tensor  # (B,) 1 = unsafe
     h_l: torch.Tensor
     ref_w: torch.Tensor  # (B,) nats
@@ -273,21 +274,33 @@ def epoch_order(n, seed, epoch):
     return np.random.default_rng((seed, 2, epoch)).permutation(n)
 
 
-def step_batches(pairs, step, batch_size, micro_batch_size, seed, device, ref=None):
-    """The micro-batches of one step. ref: (n, 2) reference log-probabilities of winner and loser, or None.
+def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank=0, size=1):
+    """The micro-batches of one step, on the CPU. ref: (n, 2) reference log-probabilities of winner and loser, or None.
 
     The step's pairs are sorted by length before they are cut, so that little is padding in attention; their mean is the same.
+    Process `rank` of `size` gets every size-th pair, and each as many micro-batches as the others, if need be one of no pair.
     """
     epoch, i = divmod(step, steps_per_epoch(pairs, batch_size))
     chosen = epoch_order(len(pairs), seed, epoch)[i * batch_size : (i + 1) * batch_size].tolist()
     chosen.sort(key=lambda i: len(pairs[i].x) + max(len(pairs[i].y_w), len(pairs[i].y_l)))
     step_tokens = sum(len(pairs[i].y_w) + len(pairs[i].y_l) for i in chosen)
-    for start in range(0, len(chosen), micro_batch_size):
-        part = chosen[start : start + micro_batch_size]
-        rows = pack_rows([(pairs[i].x, [pairs[i].y_w, pairs[i].y_l]) for i in part]).to(device)
-        h_w, h_l = torch.tensor([(pairs[i].h_w, pairs[i].h_l) for i in part], device=device).T
-        ref_w, ref_l = (None, None) if ref is None else ref[part].to(device).T
-        yield Batch(rows, h_w, h_l, ref_w, ref_l, part, len(chosen), step_tokens)
+    batches = []
+    for start in range(0, len(chosen[::size]), micro_batch_size):
+        part = chosen[rank::size][start : start + micro_batch_size]
+        rows = pack_rows([(pairs[i].x, [pairs[i].y_w, pairs[i].y_l]) for i in part or chosen[:1]])
+        h_w, h_l = torch.tensor([(pairs[i].h_w, pairs[i].h_l) for i in part], dtype=torch.int64).view(-1, 2).T
+        ref_w, ref_l = (None, None) if ref is None else ref[part].T
+        batches.append(Batch(rows, h_w, h_l, ref_w, ref_l, part, len(chosen), step_tokens))
+    return batches
+
+
+def ahead(items):
+    """The items of an iterator, the next one always in the making, in a thread, while the last is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def steps_per_epoch(pairs, batch_size):

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import parallel
 import toy_world
 from flags import autocast, flag, parse, pick_device, pick_dtype, run
-from model import ModelConfig, Transformer, pack_rows
+from model import ModelConfig, Transformer, move, pack_rows
 from safedpo import implicit_reward
 
 ROWS_AT_ONCE = 64  # rows in one forward pass, and prompts in one batch of samples
@@ -69,15 +70,22 @@ def load_model(path, device):
 
 @torch.no_grad()
 def log_probs(model, examples, device, dtype, title=None):
-    """log π(y | x) in nats of [(x, [y, …]), …], all with as many answers: (n, answers) float32 on the CPU."""
+    """log π(y | x) in nats of [(x, [y, …]), …], all with as many answers: (n, answers) float32 on the CPU.
+
+    Several processes share the work, and each must call.
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + max(map(len, examples[i][1])))
-    out = torch.empty(len(examples), len(examples[0][1]))
-    for start in tqdm(range(0, len(order), ROWS_AT_ONCE), title, disable=title is None, leave=False):
-        part = order[start : start + ROWS_AT_ONCE]
+    parts = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
+    out = torch.zeros(len(examples), len(examples[0][1]), device=device)
+    for first in tqdm(range(0, len(parts), parallel.size()), title, disable=title is None or parallel.rank() > 0, leave=False):
+        own = first + parallel.rank()
+        part = parts[min(own, len(parts) - 1)]  # FSDP wants every process in every forward pass
         with autocast(device, dtype):
-            logps = model(pack_rows([examples[i] for i in part]).to(device))
-        out[part] = logps.view(len(part), -1).cpu()
-    return out
+            logps = model(move(pack_rows([examples[i] for i in part]), device))
+        if own < len(parts):
+            out[part] = logps.view(len(part), -1)
+    parallel.end_inference(model)
+    return parallel.total(out).cpu()
 
 
 def sample_answers(model, prompts, eos, settings, device, dtype, title=None):

@@ -16,12 +16,14 @@ Everything but attention works on these, one by one, without padding. Attention 
 A prompt's keys and values are the same in each of them, so that this is exact, and no mask is needed: the padding stands
 behind every real token, where none can see it.
 """
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**24  # elements; the head works through the answer tokens in chunks of this size
 
@@ -61,9 +63,6 @@ class Rows(NamedTuple):
     target: torch.Tensor  # (N,) int64: the n-th answer token
     answer: torch.Tensor  # (N,) int64: which of the A answers it belongs to, counted row by row
 
-    def to(self, device):
-        return Rows(*(t.to(device, non_blocking=True) for t in self))
-
 
 def pack_rows(examples):
     """Rows of [(prompt ids, [answer ids, …]), …]. Prompts and answers are not empty; an answer's EOS is among its ids."""
@@ -84,6 +83,15 @@ def pack_rows(examples):
             answer += [len(sequences)] * len(y)
             sequences.append([*prompt, *own] + [0] * (L - len(x) - len(y)))
     return Rows(*map(torch.tensor, (tokens, position, sequences, place, source, target, answer)))
+
+
+def move(x, device):
+    """A tensor, or a named tuple with tensors, on device. To CUDA it leaves from pinned memory, so that nothing waits."""
+    if isinstance(x, tuple):
+        return type(x)(*(move(field, device) for field in x))
+    if not isinstance(x, torch.Tensor):
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,6 +165,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.checkpointing = False  # True: a block's inner values are computed again in the backward pass, not kept
         if c.tied_head:
             self.head.weight = self.embedding.weight
         self.apply(self._init)
@@ -181,7 +190,8 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         rotary = self.rotary(position)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, sequences, place, visible, caches and caches[i])
+            run = functools.partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+            x = run(x, rotary, sequences, place, visible, caches and caches[i])
         return self.norm(x)
 
     def rotary(self, position):
@@ -201,7 +211,7 @@ class Transformer(nn.Module):
         tokens whose probabilities sum to top_p.
         """
         device = self.embedding.weight.device
-        rows = pack_rows([(x, [[]]) for x in prompts]).to(device)
+        rows = move(pack_rows([(x, [[]]) for x in prompts]), device)
         R, L = rows.sequences.shape
         length = torch.tensor([len(x) for x in prompts], device=device)
         column = torch.arange(L + max_new_tokens, device=device)

@@ -7,6 +7,7 @@
 import hashlib
 import json
 import math
+import os
 import shlex
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,10 +18,11 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import parallel
 import safedpo
 from eval import Settings, evaluate, load_model, log_probs, preference_metrics, side_by_side, table
 from flags import autocast, flag, parse, pick_device, pick_dtype, run
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, move
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Config(Settings):
     out_dir: str = flag("", "folder of the run; left out: runs/ and a name made of the flags")
     resume: bool = flag(False, "go on with the run in the folder")
     compile: bool = flag(None, "torch.compile; left out: on CUDA only", kind=bool)
+    checkpointing: bool = flag(False, "compute a block's inner values again in the backward pass: less memory, a third slower")
+    fsdp: bool = flag(False, "under torchrun: shard the model over the processes instead of a copy on each")
     vocab_size: int = flag(4096, "of the tokenizer, at most", least=257)
     max_length: int = flag(512, "tokens of a prompt and one answer; what is longer is cut", least=2)
     n_layer: int = flag(3, "layers", above=0)
@@ -60,14 +64,14 @@ class Config(Settings):
 
 def sft_loss(logps, batch):
     """Mean negative log-probability of the step's answer tokens, nats. logps (2·B,)."""
-    return -logps.sum() / batch.step_tokens, None
+    return -logps[: 2 * len(batch.pairs)].sum() / batch.step_tokens, None
 
 
 def preference_loss(beta, delta):
     """Eq. 12, mean over the step's pairs, and what its metrics are made of."""
 
     def loss(logps, batch):
-        logp_w, logp_l = logps.view(-1, 2).T
+        logp_w, logp_l = logps[: 2 * len(batch.pairs)].view(-1, 2).T
         figures = logp_w, logp_l, batch.ref_w, batch.ref_l, batch.h_w, batch.h_l
         return safedpo.safedpo_loss(*figures, beta, delta).sum() / batch.step_pairs, torch.stack(figures).detach()
 
@@ -75,28 +79,31 @@ def preference_loss(beta, delta):
 
 
 def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, precision):
-    """One optimizer step over micro-batches. Returns loss, gradient norm and figures (6, pairs) or None."""
-    losses, figures, pairs = [], [], []
-    for batch in batches:
+    """One optimizer step over a list of micro-batches. Returns loss, gradient norm and figures (6, pairs) or None."""
+    device = next(model.parameters()).device
+    losses, figures = [], []
+    for i, batch in enumerate(batches):
+        batch = move(batch, device)
+        parallel.exchange_gradients(model, i + 1 == len(batches))
         with precision:
             logps = model(batch.rows)
         loss, parts = loss_function(logps, batch)
-        scaler.scale(loss).backward()
+        scaler.scale(loss * parallel.size()).backward()  # processes' gradients are averaged; their losses add up
         losses.append(loss.detach())
         figures.append(parts)
-        pairs.append(batch.pairs)
     losses = torch.stack(losses)
     if not losses.isfinite().all():
         bad = int((~losses.isfinite()).nonzero()[0])
-        raise FloatingPointError(f"the loss is {losses[bad].item()} on pairs {pairs[bad]}")
+        raise FloatingPointError(f"the loss is {losses[bad].item()} on pairs {batches[bad].pairs}")
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = parallel.plain(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     if not scaler.is_enabled() and not norm.isfinite():  # an enabled scaler skips the step and scales less
         raise FloatingPointError(f"the gradient's norm is {norm.item()}")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return losses.sum().item(), norm.item(), None if figures[0] is None else torch.cat(figures, 1)
+    figures = None if figures[0] is None else parallel.interleave(torch.cat(figures, 1), batch.step_pairs)
+    return parallel.total(losses.sum()).item(), norm.item(), figures
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -120,7 +127,7 @@ def make_optimizer(model, weight_decay):
 
 def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, config, folder):
     """Train model in place over epochs of token pairs: the recipe of both stages, "sft" and "safedpo"."""
-    device = next(model.parameters()).device
+    device = torch.device(config.device)
     precision = autocast(device, config.dtype)
     optimizer = make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
@@ -128,12 +135,15 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
     steps = epochs * per_epoch
     first = restore(folder, stage, model, optimizer, scaler)
     model.train()
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log, tqdm(total=steps, initial=first, desc=stage) as bar:
-        for step in range(first, steps):
+    share = dict(micro_batch_size=config.micro_batch_size, seed=config.seed, ref=ref, rank=parallel.rank(), size=parallel.size())
+    coming = data.ahead(data.step_batches(pairs, step, batch_size, **share) for step in range(first, steps))
+    path = os.devnull if parallel.rank() else folder / "metrics.jsonl"  # one process talks
+    bar = tqdm(total=steps, initial=first, desc=stage, disable=parallel.rank() > 0)
+    with open(path, "a", encoding="utf-8") as log, bar:
+        for step, batches in enumerate(coming, first):
             lr = learning_rate(step, steps, peak, config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batches = data.step_batches(pairs, step, batch_size, config.micro_batch_size, config.seed, device, ref)
             try:
                 loss, norm, figures = train_step(
                     model, optimizer, scaler, batches, loss_function, config.grad_clip, precision
@@ -154,9 +164,9 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
 
 def keep(folder, stage, step, model, optimizer, scaler):
     """Save what a resumed run goes on from. The step is the data cursor; nothing else has a state."""
-    check_weights(model)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    state = {name: part.state_dict() for name, part in parts.items()}
+    weights, moments = parallel.training_state(model, optimizer)
+    check_weights(weights)
+    state = {"model": weights, "optimizer": moments, "scaler": scaler.state_dict()}
     checkpoint.save(folder / "state.pt", {"stage": stage, "step": step, **state})
 
 
@@ -166,9 +176,9 @@ def restore(folder, stage, model, optimizer, scaler):
     state = checkpoint.load(path) if path.exists() else {"stage": None}
     if state["stage"] == stage:
         step = state["step"]
-        for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(state[name])
-    if log.exists():
+        parallel.load_training_state(model, optimizer, state["model"], state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    if log.exists() and not parallel.rank():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
         with checkpoint.replacing(log) as f:
             f.writelines(line for line in lines if json.loads(line)["stage"] != stage or json.loads(line)["step"] <= step)
@@ -204,18 +214,23 @@ def open_run(argv):
         known = {name: flags[name] for name in names}
         pick_device(known["device"])
         for name, value in given.items():
-            if name in known and known[name] != value and name not in ("resume", "out_dir") and value != "auto":
+            if name in known and known[name] != value and name not in ("resume", "out_dir", "fsdp") and value != "auto":
                 raise ValueError(f"--{name} {value} contradicts the run in {folder}, which has {known[name]}")
-        return Config(**{**known, "resume": True, "out_dir": str(folder)}), folder
+        return Config(**{**known, "resume": True, "fsdp": config.fsdp, "out_dir": str(folder)}), folder
     for name in SIZE_FLAGS:
         if config.init_from and name in given:
             raise ValueError(f"--{name} {given[name]}: --init_from {config.init_from} has its own size; leave the flag out")
     device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    if config.fsdp and parallel.size() == 1:
+        raise ValueError("--fsdp shards over processes, and this is the only one; expected torchrun --nproc_per_node=N train.py …")
+    if config.fsdp and dtype == "float16":
+        raise ValueError("--fsdp does not go with --dtype float16, whose gradients must be scaled; expected bfloat16 or float32")
     return replace(
         config,
         delta=config.delta if config.delta is not None else 5.0 if config.pairs in ("safedpo", "noswap") else 0.0,
         device=str(device),
-        dtype=pick_dtype(config.dtype, device),
+        dtype=dtype,
         compile=device.type == "cuda" if config.compile is None else config.compile,
         out_dir=str(folder),
     ), folder
@@ -249,6 +264,17 @@ def starting_model(config, splits, digest, folder, device):
     return Transformer(ModelConfig(**sizes)).to(device), tokenizer, False
 
 
+def prepare(model, config):
+    """The model ready to be trained as the flags say."""
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # what is left in fp32 goes through TF32
+    model.checkpointing = config.checkpointing
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)  # in place: parameters keep their names
+    return model
+
+
 def find_reference(config, digest, folder):
     """The reference.pt of a run beside folder that was trained with the same settings on the same data, or None."""
     for saved in sorted(folder.parent.glob("*/config.json")):
@@ -261,30 +287,33 @@ def find_reference(config, digest, folder):
             return saved.parent / "reference.pt"
 
 
-def check_weights(model):
+def check_weights(weights):
     """FloatingPointError if a weight is no number, so that the last good checkpoint stays."""
-    for name, weight in model.named_parameters():
+    for name, weight in weights.items():
         if not weight.isfinite().all():
             raise FloatingPointError(f"{name} holds weights that are no numbers; a smaller learning rate or Δ/β helps")
 
 
 def save_model(path, model, tokenizer):
-    check_weights(model)
-    state = {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer.serialized()}
-    checkpoint.save(path, state)
+    weights = parallel.model_state(model)
+    check_weights(weights)
+    config = asdict(parallel.bare(model).config)
+    checkpoint.save(path, {"config": config, "model": weights, "tokenizer": tokenizer.serialized()})
 
 
 def reference_logps(model, pairs, config, folder, device):
     """(n, 2) log-probabilities of winners and losers under π_ref: constants of the run, computed once and kept with it."""
     path = folder / "ref_logps.pt"
-    if not path.exists():
-        rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
-        checkpoint.save(path, {"ref": log_probs(model, rows, device, config.dtype, "reference log-probs")})
-    return checkpoint.load(path)["ref"]
+    if path.exists():
+        return checkpoint.load(path)["ref"]
+    ref = log_probs(model, [(p.x, [p.y_w, p.y_l]) for p in pairs], device, config.dtype, "reference log-probs")
+    checkpoint.save(path, {"ref": ref})
+    return ref
 
 
 def main(argv=None):
     start = time.time()
+    parallel.join()
     config, folder = open_run(argv)
     device = torch.device(config.device)
     splits = data.load(config.data)
@@ -298,7 +327,8 @@ def main(argv=None):
     if contradictions := data.contradictions(splits["train"]):
         print(f"{contradictions} rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that")
 
-    model, tokenizer, trained = starting_model(config, splits, digest, folder, device)
+    home = torch.device("cpu") if config.fsdp else device  # a model to be sharded may not fit on one device
+    model, tokenizer, trained = starting_model(config, splits, digest, folder, home)
     pairs, cut = data.encode(chosen, tokenizer, config.max_length)
     data.encode(data.choose_pairs(splits["test"], "safedpo")[0], tokenizer, config.max_length)
     if any(cut.values()):
@@ -306,24 +336,29 @@ def main(argv=None):
 
     if config.init_from:
         config = replace(config, **{name: getattr(model.config, name) for name in SIZE_FLAGS})
-    folder.mkdir(parents=True, exist_ok=True)  # whatever can be refused has been refused by now
-    with checkpoint.replacing(folder / "config.json") as f:
-        json.dump({**asdict(config), "data_sha256": digest}, f, indent=1)
-    if config.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)  # in place: parameters keep their names
+    done = {name for name in ("reference", "policy") if (folder / f"{name}.pt").exists()}
+    parallel.barrier()  # every process has looked at the folder; whatever can be refused has been refused by now
+    folder.mkdir(parents=True, exist_ok=True)
+    if not parallel.rank():
+        with checkpoint.replacing(folder / "config.json") as f:
+            json.dump({**asdict(config), "data_sha256": digest}, f, indent=1)
+    model = parallel.wrap(prepare(model, config), device, config.fsdp)
     if not trained:
         answers, _ = data.encode([safedpo.helpful(r) for r in splits["train"]], tokenizer, config.max_length)
         fit("sft", model, answers, None, sft_loss, config.sft_epochs, config.sft_batch_size, config.sft_lr, config, folder)
-    if not (folder / "reference.pt").exists():
+    if "reference" not in done:
         save_model(folder / "reference.pt", model, tokenizer)
-    if not (folder / "policy.pt").exists():  # the reference goes on as the policy
+    if "policy" not in done:  # the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder, device)
         loss = preference_loss(config.beta, config.delta)
         fit("safedpo", model, pairs, ref, loss, config.epochs, config.batch_size, config.lr, config, folder)
         save_model(folder / "policy.pt", model, tokenizer)
-        (folder / "state.pt").unlink(missing_ok=True)
 
+    first = not parallel.rank()
+    parallel.leave()
+    if not first:
+        return
+    (folder / "state.pt").unlink(missing_ok=True)
     result = evaluate(folder, config, splits)
     print("\n" + table({str(folder): result}))
     with open(folder / "samples.jsonl", encoding="utf-8") as samples:

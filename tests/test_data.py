@@ -195,7 +195,7 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own():
     for epoch in range(2):
         order = []
         for step in range(epoch * 5, epoch * 5 + steps_per_epoch(pairs, 5)):
-            for batch in step_batches(pairs, step, 5, 2, seed=0, device="cpu"):
+            for batch in step_batches(pairs, step, 5, 2, seed=0):
                 assert len(batch.h_w) <= 2
                 order += batch.rows.tokens[batch.rows.position == 0].tolist()
         assert Counter(order) == Counter(range(100, 123))
@@ -205,7 +205,7 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own():
 
 def test_a_step_is_sorted_and_carries_its_own_totals():
     pairs, ref = token_pairs(), torch.arange(46.0).view(23, 2)
-    batches = list(step_batches(pairs, 1, 8, 3, seed=0, device="cpu", ref=ref))
+    batches = list(step_batches(pairs, 1, 8, 3, seed=0, ref=ref))
     widths = [b.rows.sequences.shape[1] for b in batches]
     assert widths == sorted(widths) and [len(b.h_w) for b in batches] == [3, 3, 2]
     assert {b.step_pairs for b in batches} == {8}
@@ -216,5 +216,18 @@ def test_a_step_is_sorted_and_carries_its_own_totals():
 
 
 def test_last_step_of_an_epoch_may_be_short():
-    batches = list(step_batches(token_pairs(), 2, 10, 10, seed=0, device="cpu"))
+    batches = list(step_batches(token_pairs(), 2, 10, 10, seed=0))
     assert [len(b.h_w) for b in batches] == [3] and batches[0].step_pairs == 3
+
+
+def test_processes_share_a_step_without_remainder_or_overlap():
+    pairs, ref = token_pairs(), torch.arange(46.0).view(23, 2)
+    for step, size in ((0, 2), (0, 3), (4, 2), (4, 5)):  # the last step has 3 pairs
+        (whole,) = step_batches(pairs, step, 5, 5, seed=0, ref=ref)
+        shares = [step_batches(pairs, step, 5, 2, seed=0, ref=ref, rank=rank, size=size) for rank in range(size)]
+        assert len({len(share) for share in shares}) == 1, "each as many micro-batches as the others"
+        seen = [[i for batch in share for i in batch.pairs] for share in shares]
+        assert seen == [whole.pairs[rank::size] for rank in range(size)]
+        for batch in (batch for share in shares for batch in share):
+            assert len(batch.h_w) == len(batch.ref_l) == len(batch.pairs) and len(batch.rows.sequences) >= 2
+            assert (batch.step_pairs, batch.step_tokens) == (whole.step_pairs, whole.step_tokens)

@@ -15,14 +15,15 @@ MAY_IMPORT = {
     "safedpo": set(),
     "model": set(),
     "toy_world": set(),
-    "checkpoint": set(),
+    "parallel": set(),
+    "checkpoint": {"parallel"},
     "flags": set(),
     "data": {"safedpo", "toy_world", "model"},
-    "eval": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint"},
-    "train": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "eval"},
+    "eval": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "parallel"},
+    "train": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "parallel", "eval"},
 }
 OUTSIDE = {
-    "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "flags": {"torch"},
+    "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "parallel": {"torch"}, "flags": {"torch"},
     "data": {"torch", "numpy", "tokenizers"}, "eval": {"torch", "tqdm", "matplotlib"}, "train": {"torch", "tqdm"},
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")

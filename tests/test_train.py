@@ -34,7 +34,7 @@ def reference(model, pairs):
 
 def step(model, optimizer, pairs, ref, micro=8, beta=0.1, delta=5.0, number=0, loss=None):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batches = data.step_batches(pairs, number, len(pairs), micro, 0, CPU, ref)
+    batches = data.step_batches(pairs, number, len(pairs), micro, 0, ref)
     return train.train_step(model, optimizer, scaler, batches, loss or train.preference_loss(beta, delta), 1.0, PLAIN)
 
 

@@ -1,0 +1,113 @@
+"""Many devices, one process each: torchrun starts and numbers them, and a plain `python train.py` is number 0 of 1.
+
+Every process takes its share of a step's pairs. With DDP each device has a whole model; with FSDP2 (--fsdp) it has a share of
+all weights, gradients and optimizer states, and gathers a block's weights when that block's turn comes. Either way AdamW
+sees the gradients that one process would see, up to rounding. Process 0 writes the files and talks.
+"""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def join():
+    """Meet the other processes if torchrun started this one; all but the first fall silent."""
+    if not dist.is_torchelastic_launched():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave():
+    if dist.is_initialized():
+        dist.barrier()  # nobody hangs up on a process that is still sending
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def wrap(model, device, fsdp):
+    """The model as this process trains it. Its forward is the same."""
+    if not dist.is_initialized():
+        return model
+    if not fsdp:
+        return DDP(model, device_ids=None if device.type == "cpu" else [device])
+    mesh = init_device_mesh(device.type, (size(),))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+def bare(model):
+    return model.module if isinstance(model, DDP) else model
+
+
+def exchange_gradients(model, on):
+    """Whether the next backward pass takes the mean of gradients over processes: once a step is enough."""
+    if isinstance(model, DDP):
+        model.require_backward_grad_sync = on
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def end_inference(model):
+    """To be called after forward passes without a backward one: FSDP's root would keep the weights it gathered for them,
+    and train on with these."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def total(x):
+    """x summed over processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def interleave(columns, n):
+    """(k, n) whose columns rank, rank + size, … are this process's `columns`."""
+    if not dist.is_initialized():
+        return columns
+    whole = columns.new_zeros(len(columns), n)
+    whole[:, rank() :: size()] = columns
+    return total(whole)
+
+
+def plain(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def model_state(model):
+    """{name: whole weight, on the CPU} in process 0, {} in the others, all of which must call."""
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def training_state(model, optimizer):
+    """The same, and AdamW's state by the same names. It does not depend on the number of processes."""
+    return get_state_dict(model, optimizer, options=WHOLE)
+
+
+def load_training_state(model, optimizer, weights, moments):
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=StateDictOptions(full_state_dict=True))
