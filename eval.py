@@ -69,13 +69,13 @@ def load_model(path, device):
 
 
 @torch.no_grad()
-def log_probs(model, examples, device, dtype, title=None):
+def log_probs(model, examples, device, dtype, rows_at_once=ROWS_AT_ONCE, title=None):
     """log π(y | x) in nats of [(x, [y, …]), …], all with as many answers: (n, answers) float32 on the CPU.
 
     Several processes share the work, and each must call.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + max(map(len, examples[i][1])))
-    parts = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
+    parts = [order[start : start + rows_at_once] for start in range(0, len(order), rows_at_once)]
     out = torch.zeros(len(examples), len(examples[0][1]), device=device)
     for first in tqdm(range(0, len(parts), parallel.size()), title, disable=title is None or parallel.rank() > 0, leave=False):
         own = first + parallel.rank()

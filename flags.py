@@ -4,7 +4,7 @@ import ctypes
 import math
 import operator
 import sys
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,12 @@ def flag(default, help, kind=None, choices=None, above=None, least=None, most=No
     """A dataclass field that is a command-line flag. kind: its type where the default does not tell; bounds are checked."""
     about = dict(help=help, kind=kind or type(default), choices=choices, above=above, least=least, most=most, many=many)
     return field(default=default, metadata=about)
+
+
+def like(settings, name, default):
+    """The flag of that name of other settings, with a default of its own."""
+    (original,) = (f for f in fields(settings) if f.name == name)
+    return field(default=default, metadata=original.metadata)
 
 
 BOUNDS = {"above": ("above", operator.gt), "least": ("at least", operator.ge), "most": ("at most", operator.le)}
@@ -55,8 +61,7 @@ def parse(settings, argv=None):
 
 def run(main):
     """Call main. What the user can mend (ValueError, OSError, a loss that is no number) ends in one line and exit code 2."""
-    keep_freed_memory()
-    torch.set_flush_denormal(True)  # pairs the model is sure of have gradients so small that a CPU computes them slowly
+    tune_cpu()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Greek letters shows a question mark
     try:
@@ -69,10 +74,11 @@ def run(main):
         sys.exit(130)
 
 
-def keep_freed_memory():
-    """Have Linux's malloc reuse what tensors free. By default large ones go back to the kernel, which clears new pages each time."""
+def tune_cpu():
+    """What a process that trains on a CPU wants and does not get by default."""
+    torch.set_flush_denormal(True)  # pairs the model is sure of have gradients so small that a CPU computes them slowly
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # reuse what tensors free; large ones would go back to the kernel, which clears new pages
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -96,6 +102,13 @@ def pick_dtype(name, device):
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def settle(config):
+    """config with what its flags leave to the machine decided: device, dtype, compile."""
+    device = pick_device(config.device)
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    return replace(config, device=str(device), dtype=pick_dtype(config.dtype, device), compile=compiled)
 
 
 def autocast(device, dtype):

@@ -65,7 +65,7 @@ class Rows(NamedTuple):
 
 
 def pack_rows(examples):
-    """Rows of [(prompt ids, [answer ids, …]), …]. Prompts and answers are not empty; an answer's EOS is among its ids."""
+    """Rows of [(prompt ids, [answer ids, …]), …]. An answer's EOS is among its ids. Each prompt has an answer, if need be []."""
     L = max(len(x) + len(y) for x, answers in examples for y in answers)
     tokens, position, sequences, place, source, target, answer = ([] for _ in range(7))
     for x, answers in examples:

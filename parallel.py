@@ -53,7 +53,7 @@ def wrap(model, device, fsdp):
     if not dist.is_initialized():
         return model
     if not fsdp:
-        return DDP(model, device_ids=None if device.type == "cpu" else [device])
+        return DDP(model, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (size(),))
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh)

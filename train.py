@@ -21,7 +21,7 @@ import data
 import parallel
 import safedpo
 from eval import Settings, evaluate, load_model, log_probs, preference_metrics, side_by_side, table
-from flags import autocast, flag, parse, pick_device, pick_dtype, run
+from flags import autocast, flag, parse, pick_device, run, settle
 from model import ModelConfig, Transformer, move
 
 
@@ -220,20 +220,13 @@ def open_run(argv):
     for name in SIZE_FLAGS:
         if config.init_from and name in given:
             raise ValueError(f"--{name} {given[name]}: --init_from {config.init_from} has its own size; leave the flag out")
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    config = settle(config)
     if config.fsdp and parallel.size() == 1:
         raise ValueError("--fsdp shards over processes, and this is the only one; expected torchrun --nproc_per_node=N train.py …")
-    if config.fsdp and dtype == "float16":
+    if config.fsdp and config.dtype == "float16":
         raise ValueError("--fsdp does not go with --dtype float16, whose gradients must be scaled; expected bfloat16 or float32")
-    return replace(
-        config,
-        delta=config.delta if config.delta is not None else 5.0 if config.pairs in ("safedpo", "noswap") else 0.0,
-        device=str(device),
-        dtype=dtype,
-        compile=device.type == "cuda" if config.compile is None else config.compile,
-        out_dir=str(folder),
-    ), folder
+    delta = 5.0 if config.pairs in ("safedpo", "noswap") else 0.0
+    return replace(config, delta=delta if config.delta is None else config.delta, out_dir=str(folder)), folder
 
 
 def run_name(given):
@@ -306,7 +299,8 @@ def reference_logps(model, pairs, config, folder, device):
     path = folder / "ref_logps.pt"
     if path.exists():
         return checkpoint.load(path)["ref"]
-    ref = log_probs(model, [(p.x, [p.y_w, p.y_l]) for p in pairs], device, config.dtype, "reference log-probs")
+    rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
+    ref = log_probs(model, rows, device, config.dtype, config.micro_batch_size, "reference log-probs")
     checkpoint.save(path, {"ref": ref})
     return ref
 

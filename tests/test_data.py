@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from data import Tokenizer, choose_pairs, encode, flip_flags, load, parse_record, step_batches, steps_per_epoch
+from data import Tokenizer, ahead, choose_pairs, encode, flip_flags, load, parse_record, step_batches, steps_per_epoch
 from safedpo import Pair
 
 ROW = {
@@ -231,3 +231,16 @@ def test_processes_share_a_step_without_remainder_or_overlap():
         for batch in (batch for share in shares for batch in share):
             assert len(batch.h_w) == len(batch.ref_l) == len(batch.pairs) and len(batch.rows.sequences) >= 2
             assert (batch.step_pairs, batch.step_tokens) == (whole.step_pairs, whole.step_tokens)
+
+
+def test_ahead_gives_the_same_items_and_passes_errors_on():
+    assert list(ahead(iter(range(5)))) == [0, 1, 2, 3, 4] and list(ahead(iter(()))) == []
+
+    def broken():
+        yield 1
+        raise ValueError("two")
+
+    items = ahead(broken())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="two"):
+        next(items)

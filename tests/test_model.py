@@ -136,12 +136,41 @@ def test_all_logits_are_never_held(monkeypatch):
     assert largest.elements < 200 * 3000 / 2  # 200 answer tokens; a chunk holds 20
 
 
-def test_bf16_autocast_keeps_log_probs_in_float32():
+@pytest.mark.parametrize("at_once", [10**9, 5 * VOCAB], ids=["kept", "recomputed"])
+def test_bf16_autocast_keeps_log_probs_in_float32(monkeypatch, at_once):
+    monkeypatch.setattr(room, "LOGITS_AT_ONCE", at_once)
     net, rows = make(), pack_rows(examples())
     with torch.autocast("cpu", torch.bfloat16):
         low = net(rows)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, net(rows), rtol=0.1, atol=0.5)
+    for a, b in zip(gradients(net, low.sum()), gradients(net, net(rows).sum())):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.08 * b.norm()
+
+
+def test_the_log_probs_gradient_is_kept_once():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    logps = TokenLogps.apply(hidden, torch.randn(VOCAB, 8), torch.tensor([1, 2, 3, 4])).sum()
+    logps.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):  # an error, never a wrong gradient
+        logps.backward()
+
+
+def test_checkpointing_changes_memory_and_nothing_else():
+    net, rows = make(), pack_rows(examples())
+    plain = net(rows)
+    expected, kept = gradients(net, plain.sum()), []
+    net.checkpointing = True
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        again = net(rows)
+    assert torch.equal(again, plain)
+    for a, b in zip(gradients(net, again.sum()), expected):
+        torch.testing.assert_close(a, b)
+    few, net.checkpointing = sum(kept), False
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        net(rows)
+    assert few < 0.5 * sum(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
+import bench
 import eval as eval_room
 import train
 
@@ -21,10 +22,12 @@ MAY_IMPORT = {
     "data": {"safedpo", "toy_world", "model"},
     "eval": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "parallel"},
     "train": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "parallel", "eval"},
+    "bench": {"safedpo", "model", "data", "flags", "eval", "train"},
 }
 OUTSIDE = {
     "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "parallel": {"torch"}, "flags": {"torch"},
     "data": {"torch", "numpy", "tokenizers"}, "eval": {"torch", "tqdm", "matplotlib"}, "train": {"torch", "tqdm"},
+    "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -54,7 +57,7 @@ def test_readme_example_is_true():
     assert tried > 5 and not failures
 
 
-@pytest.mark.parametrize("room", [train, eval_room], ids=["train.py", "eval.py"])
+@pytest.mark.parametrize("room", [train, eval_room, bench], ids=["train.py", "eval.py", "bench.py"])
 def test_readme_commands_have_flags_that_exist(room, capsys):
     name = room.__name__ + ".py"
     found = 0
@@ -67,13 +70,13 @@ def test_readme_commands_have_flags_that_exist(room, capsys):
 
 
 def test_every_flag_is_explained_and_in_the_readme():
-    for room in (train, eval_room):
+    for room in (train, eval_room, bench):
         for f in fields(room.Config):
-            assert f.metadata["help"] and (f"`--{f.name}`" in README or f.name == "runs"), f.name
+            assert f.metadata["help"] and (f"--{f.name}" in README or f.name == "runs"), f.name
 
 
 def test_help_reads_aloud(capsys):
-    for room in (train, eval_room):
+    for room in (train, eval_room, bench):
         with pytest.raises(SystemExit) as end:
             room.parse(room.Config, ["--help"])
         shown = capsys.readouterr().out

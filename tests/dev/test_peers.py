@@ -18,16 +18,23 @@ def both(n_kv_head=2, tied=False):
         bos_token_id=None, eos_token_id=EOS, pad_token_id=0,
     )
     peer, net = LlamaForCausalLM(theirs).eval(), Transformer(ours)
-    with torch.no_grad():
-        net.embedding.weight.copy_(peer.model.embed_tokens.weight)
-        net.head.weight.copy_(peer.lm_head.weight)
-        net.norm.weight.copy_(peer.model.norm.weight)
-        for a, b in zip(net.blocks, peer.model.layers):
-            a.attention.qkv.weight.copy_(torch.cat([getattr(b.self_attn, f"{n}_proj").weight for n in "qkv"]))
-            a.attention.out.weight.copy_(b.self_attn.o_proj.weight)
-            a.mlp.gate_up.weight.copy_(torch.cat([b.mlp.gate_proj.weight, b.mlp.up_proj.weight]))
-            a.mlp.down.weight.copy_(b.mlp.down_proj.weight)
+    copy_weights(peer, net)
     return net, peer
+
+
+@torch.no_grad()
+def copy_weights(peer, net):
+    """Llama's weights into ours."""
+    net.embedding.weight.copy_(peer.model.embed_tokens.weight)
+    net.head.weight.copy_(peer.lm_head.weight)
+    net.norm.weight.copy_(peer.model.norm.weight)
+    for a, b in zip(net.blocks, peer.model.layers):
+        a.attention_norm.weight.copy_(b.input_layernorm.weight)
+        a.mlp_norm.weight.copy_(b.post_attention_layernorm.weight)
+        a.attention.qkv.weight.copy_(torch.cat([getattr(b.self_attn, f"{n}_proj").weight for n in "qkv"]))
+        a.attention.out.weight.copy_(b.self_attn.o_proj.weight)
+        a.mlp.gate_up.weight.copy_(torch.cat([b.mlp.gate_proj.weight, b.mlp.up_proj.weight]))
+        a.mlp.down.weight.copy_(b.mlp.down_proj.weight)
 
 
 @pytest.mark.parametrize("n_kv_head, tied", [(4, False), (2, True), (1, False)])

@@ -1,0 +1,241 @@
+"""Speed and memory of train.py's own step, on random tokens with the lengths of PKU-SafeRLHF: one epoch, and the pass under
+the reference that comes before it.
+
+    python bench.py --dtype bfloat16          matrix products in bf16
+    python bench.py --table                   how cost grows with pairs a step, lengths and vocabulary
+    python bench.py --vs trl                  in turns with TRL's DPOTrainer, at its best settings, on the same pairs
+
+Every measurement is a process of its own. The share is that of the device's own rate of matrix products, measured between the
+steps; the work counted is what the algorithm needs: no padding, nothing twice.
+"""
+import contextlib
+import importlib.util
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+import data
+import train
+from eval import log_probs
+from flags import autocast, flag, like, parse, run, settle, tune_cpu
+from model import ModelConfig, Transformer
+from safedpo import Pair
+
+WARM_UP = 2  # steps that are not timed
+TABLE = "batch_size", "prompt_tokens", "answer_tokens", "vocab_size"  # each doubled and doubled again
+BETA, DELTA, LEARNING_RATE, GRAD_CLIP = 0.1, 10.0, 1e-6, 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    vs: str = flag("", "also time this library", choices=("", "trl"))
+    table: bool = flag(False, "several sizes, one by one")
+    rounds: int = flag(1, "measurements of each, in turns; the median counts", above=0)
+    steps: int = flag(12, "steps of the epoch", above=WARM_UP)
+    prompt_tokens: float = flag(25.0, "mean length of prompts, log-normal", least=4)
+    answer_tokens: float = flag(80.0, "mean length of answers, log-normal", least=4)
+    n_layer: int = like(train.Config, "n_layer", 6)
+    n_head: int = like(train.Config, "n_head", 6)
+    n_kv_head: int = like(train.Config, "n_kv_head", 6)
+    d_model: int = like(train.Config, "d_model", 384)
+    d_ff: int = like(train.Config, "d_ff", 1024)
+    vocab_size: int = like(train.Config, "vocab_size", 32000)
+    batch_size: int = like(train.Config, "batch_size", 8)
+    micro_batch_size: int = like(train.Config, "micro_batch_size", 2)
+    seed: int = like(train.Config, "seed", 0)
+    device: str = like(train.Config, "device", "auto")
+    dtype: str = like(train.Config, "dtype", "auto")
+    compile: bool = like(train.Config, "compile", None)
+    checkpointing: bool = like(train.Config, "checkpointing", False)
+
+
+def make_pairs(c):
+    """c.steps · c.batch_size pairs of random token ids; every answer ends in token 1, and every second loser is unsafe."""
+    rng = np.random.default_rng(c.seed)
+
+    def ids(mean, spread, longest):
+        n = np.clip(round(rng.lognormal(math.log(mean) - spread**2 / 2, spread)), 4, longest)
+        return rng.integers(2, c.vocab_size, int(n)).tolist()
+
+    x = lambda: ids(c.prompt_tokens, 0.45, 5 * c.prompt_tokens)
+    y = lambda: ids(c.answer_tokens, 0.6, 5 * c.answer_tokens) + [1]
+    return [Pair(x(), y(), y(), 0, i % 2) for i in range(c.steps * c.batch_size)]
+
+
+def operations(c, pairs):
+    """Of one forward pass over all pairs, each prompt once: two for every weight and token, and what attention adds."""
+    d_head = c.d_model // c.n_head
+    block = c.d_model * (2 * c.d_model + 2 * c.n_kv_head * d_head + 3 * c.d_ff)
+    tokens = sum(len(p.x) + len(p.y_w) + len(p.y_l) for p in pairs)
+    answers = sum(len(p.y_w) + len(p.y_l) for p in pairs)
+    seen = sum(len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in (p.y_w, p.y_l)) for p in pairs)
+    return 2 * (c.n_layer * block * tokens + c.vocab_size * c.d_model * answers) + 4 * c.n_layer * c.d_model * seen
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_rate(device, dtype):
+    """Multiplications and additions a second in a product of square matrices."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    start, n = clock(device), 0
+    while (spent := clock(device) - start) < 0.1:
+        a @ a
+        n += 1
+    return 2 * size**3 * n / spent
+
+
+def peak_memory(device):
+    """Gigabytes: on CUDA what tensors held at most, on a CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def report(c, pairs, reference_time, step_times, **more):
+    """The epoch's figures: the pass under the reference, and steps at the mean of those timed."""
+    seconds = reference_time + c.steps * statistics.mean(step_times[WARM_UP:])
+    tokens = sum(len(p.x) + len(p.y_w) + len(p.y_l) for p in pairs)
+    return {"pairs/s": len(pairs) / seconds, "tokens/s": tokens / seconds, "GB": peak_memory(torch.device(c.device)), "s": seconds, **more}
+
+
+def ours(c):
+    tune_cpu()
+    torch.manual_seed(c.seed)
+    device, pairs = torch.device(c.device), make_pairs(c)
+    sizes = {name: getattr(c, name) for name in train.SIZE_FLAGS}
+    model = train.prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
+    rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
+    rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
+    start = clock(device)
+    ref = log_probs(model, rows, device, c.dtype, c.micro_batch_size)
+    reference_time = clock(device) - start
+    optimizer = train.make_optimizer(model, 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
+    loss, precision = train.preference_loss(BETA, DELTA), autocast(device, c.dtype)
+    for batches in data.ahead(data.step_batches(pairs, s, c.batch_size, c.micro_batch_size, c.seed, ref) for s in range(c.steps)):
+        start = clock(device)
+        train.train_step(model, optimizer, scaler, batches, loss, GRAD_CLIP, precision)
+        times.append(clock(device) - start)
+        rates.append(matmul_rate(device, getattr(torch, c.dtype)))
+    figures = report(c, pairs, reference_time, times)
+    share = 4 * operations(c, pairs) / figures["s"] / statistics.mean(rates)  # backward counts as two forward passes
+    return {**figures, "share": share, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def trl_trainer(model, pairs, c, **settings):
+    """TRL's DPOTrainer on pairs of token ids, at its best settings: its reference pass runs here, ahead of training."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # token ids already
+
+        def _precompute_ref_logps(self, *args):
+            start = clock(torch.device(c.device))
+            dataset = super()._precompute_ref_logps(*args)
+            self.reference_time = clock(torch.device(c.device)) - start
+            return dataset
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.times = [clock(torch.device(c.device))]
+
+        on_step_end = lambda self, *_, **__: self.times.append(clock(torch.device(c.device)))
+
+    given = dict(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=c.batch_size, max_steps=c.steps, max_length=None,
+        lr_scheduler_type="constant", precompute_ref_log_probs=True, gradient_checkpointing=c.checkpointing,
+        bf16=c.dtype == "bfloat16", use_cpu=c.device == "cpu", seed=c.seed, report_to="none", save_strategy="no",
+        disable_tqdm=True, logging_steps=1, dataloader_pin_memory=c.device != "cpu",
+    )  # fmt: skip
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1})), pad_token="<pad>", eos_token="<eos>")
+    rows = Dataset.from_list([{"prompt_ids": p.x, "chosen_ids": p.y_w, "rejected_ids": p.y_l} for p in pairs])
+    timer = Clock()
+    trainer = Trainer(model=model, args=DPOConfig(**given, **settings), train_dataset=rows, processing_class=words, callbacks=[timer])
+    trainer.timer = timer
+    return trainer
+
+
+def trl(c):
+    """The same epoch by TRL, with a Llama of the same sizes."""
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(c.seed)
+    pairs = make_pairs(c)
+    sizes = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None,
+    )  # fmt: skip
+    trainer = trl_trainer(LlamaForCausalLM(sizes), pairs, c, beta=BETA, learning_rate=LEARNING_RATE)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        trainer.train()
+    return report(c, pairs, trainer.reference_time, np.diff(trainer.timer.times).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def alone(measure, c):
+    """measure(c) in a process of its own, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, c).result()
+
+
+def middle(results):
+    """The median of each figure over several measurements."""
+    return {name: statistics.median(r[name] for r in results) for name in results[0]}
+
+
+def line(name, figures):
+    share = f"{100 * figures['share']:9.0f} %" if "share" in figures else f"{'–':>11}"
+    print(f"{name:<34}{figures['pairs/s']:9.2f}{figures['tokens/s']:11.0f}{share}{figures['GB']:9.2f}", flush=True)
+
+
+def main(argv=None):
+    config = settle(Config(**parse(Config, argv)))
+    if config.vs and not importlib.util.find_spec(config.vs):
+        raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
+    print(f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, {config.dtype}, {config.device}, {torch.get_num_threads()} threads")
+    print(f"{'':34}{'pairs/s':>9}{'tokens/s':>11}{'of matmul':>11}{'peak GB':>9}")
+    if config.table:
+        for name in TABLE:
+            for factor in (1, 2, 4):
+                size = type(getattr(config, name))(getattr(config, name) * factor)
+                sizes = {name: size} | ({"micro_batch_size": size} if name == "batch_size" else {})
+                line(f"{name} {size:g}", middle([alone(ours, replace(config, **sizes)) for _ in range(config.rounds)]))
+        return
+    sides = {"ours": ours} | ({config.vs: trl} if config.vs else {})
+    found = {name: [] for name in sides}
+    for _ in range(config.rounds):
+        for name, measure in sides.items():
+            found[name].append(alone(measure, config))
+    for name in sides:
+        line(name, middle(found[name]))
+    if config.vs:
+        ratios = middle([{name: a[name] / b[name] for name in ("pairs/s", "GB")} for a, b in zip(found["ours"], found[config.vs])])
+        print(f"\n{ratios['pairs/s']:.1f} times {config.vs}'s pairs a second, {ratios['GB']:.2f} of its memory")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""The same weights and pairs through TRL's DPOTrainer: the same loss, gradient norm and weights, step after step."""
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_peers import EOS, both, copy_weights
+
+import bench
+import data
+import train
+from eval import log_probs
+from flags import autocast
+from safedpo import Pair
+
+CPU, BETA, STEPS = torch.device("cpu"), 0.5, 5
+ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.99, "weight_decay": 0.0, "learning_rate": 1e-3}
+
+
+@dataclass
+class Sizes:
+    steps: int = STEPS
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: str = "float32"
+    checkpointing: bool = False
+    seed: int = 0
+
+
+def token_pairs(n=8):
+    g = torch.Generator().manual_seed(1)
+    ids = lambda: torch.randint(1, EOS, (int(torch.randint(1, 9, (1,), generator=g)),), generator=g).tolist()
+    return [Pair(ids(), ids() + [EOS], ids() + [EOS], 0, i % 2) for i in range(n)]
+
+
+@pytest.mark.parametrize("delta", [0.0, 5.0])
+def test_five_steps_equal_trls(delta):
+    net, peer = both()
+    pairs = token_pairs()
+    trainer = bench.trl_trainer(peer, pairs, Sizes(), beta=BETA, **ADAMW)
+    # TRL has no Δ; −β·ref(y_w) + (h_l − h_w)·Δ is the same logit as a reference that likes the winner Δ/β more
+    dataset, margins = trainer.train_dataset, [(p.h_l - p.h_w) * delta / BETA for p in pairs]
+    shifted = [ref + margin for ref, margin in zip(dataset["ref_chosen_logps"], margins)]
+    trainer.train_dataset = dataset.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", shifted)
+    trainer.train()
+    theirs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+
+    ref = log_probs(net, [(p.x, [p.y_w, p.y_l]) for p in pairs], CPU, "float32")
+    optimizer, scaler = train.make_optimizer(net, 0.0), torch.amp.GradScaler("cpu", enabled=False)
+    loss, precision = train.preference_loss(BETA, delta), autocast(CPU, "float32")
+    for group in optimizer.param_groups:
+        group["lr"] = ADAMW["learning_rate"]
+    assert len(theirs) == STEPS
+    for step in range(STEPS):
+        batches = data.step_batches(pairs, step, 8, 3, 0, ref)
+        value, norm, _ = train.train_step(net, optimizer, scaler, batches, loss, trainer.args.max_grad_norm, precision)
+        assert value == pytest.approx(theirs[step]["loss"], rel=1e-4) and norm == pytest.approx(theirs[step]["grad_norm"], rel=1e-4)
+    expected, _ = both()
+    copy_weights(peer, expected)
+    for (name, a), b in zip(net.named_parameters(), expected.parameters()):
+        assert (a - b).norm() <= 1e-4 * b.norm(), name
