@@ -3,12 +3,16 @@ the reference that comes before it.
 
     python bench.py --dtype bfloat16          matrix products in bf16
     python bench.py --table                   how cost grows with pairs a step, lengths and vocabulary
-    python bench.py --vs trl                  in turns with TRL's DPOTrainer, at its best settings, on the same pairs
+    python bench.py --vs trl                  in turns with TRL's DPOTrainer, on the same pairs
+
+TRL gets its best settings: the reference's log-probabilities computed ahead, no recomputation of activations, and both a whole
+step at once, as it does by default, and pair by pair with the gradient accumulated, which pads less.
 
 Every measurement is a process of its own. The share is that of the device's own rate of matrix products, measured between the
 steps; the work counted is what the algorithm needs: no padding, nothing twice.
 """
 import contextlib
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -17,6 +21,7 @@ import resource
 import statistics
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -139,7 +144,7 @@ def ours(c):
 
 
 def trl_trainer(model, pairs, c, **settings):
-    """TRL's DPOTrainer on pairs of token ids, at its best settings: its reference pass runs here, ahead of training."""
+    """TRL's DPOTrainer on pairs of token ids. Its reference pass runs here, ahead of training."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -162,7 +167,7 @@ def trl_trainer(model, pairs, c, **settings):
         on_step_end = lambda self, *_, **__: self.times.append(clock(torch.device(c.device)))
 
     given = dict(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=c.batch_size, max_steps=c.steps, max_length=None,
+        output_dir=tempfile.mkdtemp(), max_steps=c.steps, max_length=None,
         lr_scheduler_type="constant", precompute_ref_log_probs=True, gradient_checkpointing=c.checkpointing,
         bf16=c.dtype == "bfloat16", use_cpu=c.device == "cpu", seed=c.seed, report_to="none", save_strategy="no",
         disable_tqdm=True, logging_steps=1, dataloader_pin_memory=c.device != "cpu",
@@ -175,9 +180,10 @@ def trl_trainer(model, pairs, c, **settings):
     return trainer
 
 
-def trl(c):
-    """The same epoch by TRL, with a Llama of the same sizes."""
-    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+def trl(c, at_once):
+    """The same epoch by TRL, with a Llama of the same sizes, so many pairs at once."""
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    warnings.simplefilter("ignore")  # of settings that TRL or transformers will rename
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(c.seed)
@@ -187,7 +193,8 @@ def trl(c):
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
         bos_token_id=None,
     )  # fmt: skip
-    trainer = trl_trainer(LlamaForCausalLM(sizes), pairs, c, beta=BETA, learning_rate=LEARNING_RATE)
+    share = dict(per_device_train_batch_size=at_once, gradient_accumulation_steps=c.batch_size // at_once)
+    trainer = trl_trainer(LlamaForCausalLM(sizes), pairs, c, beta=BETA, learning_rate=LEARNING_RATE, **share)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.train()
     return report(c, pairs, trainer.reference_time, np.diff(trainer.timer.times).tolist())
@@ -225,16 +232,17 @@ def main(argv=None):
                 sizes = {name: size} | ({"micro_batch_size": size} if name == "batch_size" else {})
                 line(f"{name} {size:g}", middle([alone(ours, replace(config, **sizes)) for _ in range(config.rounds)]))
         return
-    sides = {"ours": ours} | ({config.vs: trl} if config.vs else {})
+    peers = {f"trl, {n} at once": functools.partial(trl, at_once=n) for n in (config.batch_size, 1) if config.vs}
+    sides = {"ours": ours, **peers}
     found = {name: [] for name in sides}
     for _ in range(config.rounds):
         for name, measure in sides.items():
             found[name].append(alone(measure, config))
     for name in sides:
         line(name, middle(found[name]))
-    if config.vs:
-        ratios = middle([{name: a[name] / b[name] for name in ("pairs/s", "GB")} for a, b in zip(found["ours"], found[config.vs])])
-        print(f"\n{ratios['pairs/s']:.1f} times {config.vs}'s pairs a second, {ratios['GB']:.2f} of its memory")
+    for name in peers:
+        ratios = middle([{figure: a[figure] / b[figure] for figure in ("pairs/s", "GB")} for a, b in zip(found["ours"], found[name])])
+        print(f"{ratios['pairs/s']:.1f} times the pairs a second of {name}, in {ratios['GB']:.2f} of its memory")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**24  # elements; the head works through the answer tokens in chunks of this size
+LOGITS_AT_ONCE = 2**25  # elements; the head works through the answer tokens in chunks of this size
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.99, "weight_decay": 0.0, "learning_r
 @dataclass
 class Sizes:
     steps: int = STEPS
-    batch_size: int = 8
     device: str = "cpu"
     dtype: str = "float32"
     checkpointing: bool = False
@@ -36,7 +35,7 @@ def token_pairs(n=8):
 def test_five_steps_equal_trls(delta):
     net, peer = both()
     pairs = token_pairs()
-    trainer = bench.trl_trainer(peer, pairs, Sizes(), beta=BETA, **ADAMW)
+    trainer = bench.trl_trainer(peer, pairs, Sizes(), beta=BETA, per_device_train_batch_size=len(pairs), **ADAMW)
     # TRL has no Δ; −β·ref(y_w) + (h_l − h_w)·Δ is the same logit as a reference that likes the winner Δ/β more
     dataset, margins = trainer.train_dataset, [(p.h_l - p.h_w) * delta / BETA for p in pairs]
     shifted = [ref + margin for ref, margin in zip(dataset["ref_chosen_logps"], margins)]
