@@ -128,10 +128,8 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
         if cache is not None:
             k, v = cache.extend(k, v)
-        group = self.n_head // self.n_kv_head
-        if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+        grouped = self.n_kv_head < self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(0, 1).index_select(0, place).flatten(1))
 
 
