@@ -31,7 +31,7 @@ LOGITS_AT_ONCE = 2**25  # elements; the head works through the answer tokens in 
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
-    n_layer: int = 3
+    n_layer: int = 2
     n_head: int = 4
     n_kv_head: int = 2
     d_model: int = 128

@@ -40,7 +40,7 @@ class Config(Settings):
     fsdp: bool = flag(False, "under torchrun: shard the model over the processes instead of a copy on each")
     vocab_size: int = flag(4096, "of the tokenizer, at most", least=257)
     max_length: int = flag(512, "tokens of a prompt and one answer; what is longer is cut", least=2)
-    n_layer: int = flag(3, "layers", above=0)
+    n_layer: int = flag(2, "layers", above=0)
     n_head: int = flag(4, "attention heads", above=0)
     n_kv_head: int = flag(2, "heads of keys and values", above=0)
     d_model: int = flag(128, "width", above=0)
