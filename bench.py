@@ -6,7 +6,8 @@ the reference that comes before it.
     python bench.py --vs trl                  in turns with TRL's DPOTrainer, on the same pairs
 
 TRL gets its best settings: the reference's log-probabilities computed ahead, no recomputation of activations, and both a whole
-step at once, as it does by default, and pair by pair with the gradient accumulated, which pads less.
+step at once, as it does by default, and pair by pair with the gradient accumulated, which pads less. What flags.tune_cpu sets for
+our process is not set for TRL's: it is measured as its users get it (README.md has what it would gain).
 
 Every measurement is a process of its own. The share is that of the device's own rate of matrix products, measured between the
 steps; the work counted is what the algorithm needs: no padding, nothing twice.
@@ -17,8 +18,8 @@ import importlib.util
 import math
 import multiprocessing
 import os
-import resource
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -107,7 +108,9 @@ def peak_memory(device):
     """Gigabytes: on CUDA what tensors held at most, on a CPU the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def report(c, pairs, reference_time, step_times, **more):
@@ -125,6 +128,8 @@ def ours(c):
     model = train.prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
     rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
+    if c.compile:
+        log_probs(model, rows[: c.micro_batch_size], device, c.dtype)  # compiling is no part of an epoch
     start = clock(device)
     ref = log_probs(model, rows, device, c.dtype, c.micro_batch_size)
     reference_time = clock(device) - start
@@ -169,7 +174,7 @@ def trl_trainer(model, pairs, c, **settings):
     given = dict(
         output_dir=tempfile.mkdtemp(), max_steps=c.steps, max_length=None,
         lr_scheduler_type="constant", precompute_ref_log_probs=True, gradient_checkpointing=c.checkpointing,
-        bf16=c.dtype == "bfloat16", use_cpu=c.device == "cpu", seed=c.seed, report_to="none", save_strategy="no",
+        bf16=c.dtype == "bfloat16", fp16=c.dtype == "float16", use_cpu=c.device == "cpu", seed=c.seed, report_to="none", save_strategy="no",
         disable_tqdm=True, logging_steps=1, dataloader_pin_memory=c.device != "cpu",
     )  # fmt: skip
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1})), pad_token="<pad>", eos_token="<eos>")
@@ -221,6 +226,8 @@ def line(name, figures):
 
 def main(argv=None):
     config = settle(Config(**parse(Config, argv)))
+    if config.vs and config.table:
+        raise ValueError(f"--table measures this code alone; leave it out, or --vs {config.vs}")
     if config.vs and not importlib.util.find_spec(config.vs):
         raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
     print(f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, {config.dtype}, {config.device}, {torch.get_num_threads()} threads")

@@ -216,9 +216,9 @@ def open_run(argv):
         for name, value in given.items():
             if name in known and known[name] != value and name not in ("resume", "out_dir", "fsdp") and value != "auto":
                 raise ValueError(f"--{name} {value} contradicts the run in {folder}, which has {known[name]}")
-        return Config(**{**known, "resume": True, "fsdp": config.fsdp, "out_dir": str(folder)}), folder
+        config = Config(**{**known, "resume": True, "fsdp": config.fsdp, "out_dir": str(folder)})
     for name in SIZE_FLAGS:
-        if config.init_from and name in given:
+        if config.init_from and name in given and not config.resume:
             raise ValueError(f"--{name} {given[name]}: --init_from {config.init_from} has its own size; leave the flag out")
     config = settle(config)
     if config.fsdp and parallel.size() == 1:

@@ -1,6 +1,10 @@
 """The benchmark: what it counts, and that it runs."""
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 import bench
 from model import ModelConfig, Transformer, pack_rows
@@ -46,3 +50,47 @@ def test_it_prints_figures(capsys):
     *_, line = capsys.readouterr().out.splitlines()
     name, pairs, tokens, share, _, memory = line.split()
     assert name == "ours" and float(pairs) > 0 and float(tokens) > 5 * float(pairs) and float(memory) > 0.1
+
+
+def test_figures_by_hand(monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory", lambda device: 1.5)
+    pairs = [Pair([2] * 4, [3, 3, 1], [4, 1], 0, 0)] * 12  # 4 steps of 3, of which two are timed: 2 s each on average
+    figures = bench.report(config("--steps", "4", "--batch_size", "3"), pairs, 4.0, [50.0, 50.0, 1.0, 3.0])
+    assert figures == {"pairs/s": 12 / (4 + 4 * 2), "tokens/s": 12 * 9 / 12, "GB": 1.5, "s": 12.0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_step_that_is_timed_is_the_whole_step(monkeypatch, dtype):
+    calls, now = [], [0.0]
+    step = lambda batches: calls.append([i for batch in batches for i in batch.pairs]) or now.__setitem__(0, now[0] + 2.0)
+
+    def train_step(model, optimizer, scaler, batches, loss, clip, precision):
+        with precision:
+            assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == getattr(torch, dtype)
+        step(batches)
+
+    monkeypatch.setattr(bench.train, "train_step", train_step)
+    monkeypatch.setattr(bench, "clock", lambda device: now[0])
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, kind: {getattr(torch, dtype): 1e6}[kind])
+    c = config("--dtype", dtype)
+    figures = bench.ours(c)
+    assert [len(pairs) for pairs in calls] == [8] * 3 and sorted(sum(calls, [])) == list(range(24))
+    assert figures["s"] == 6.0 and figures["pairs/s"] == 4.0
+    assert figures["share"] == pytest.approx(4 * bench.operations(c, bench.make_pairs(c)) / 6.0 / 1e6)
+
+
+def test_the_rate_is_that_of_a_product(monkeypatch):
+    times = iter([0.0, 0.05, 0.15])
+    monkeypatch.setattr(bench, "clock", lambda device: next(times))
+    assert bench.matmul_rate(torch.device("cpu"), torch.float32) == pytest.approx(2 * 1024**3 / 0.15)
+
+
+def test_memory_is_that_of_the_process():
+    program = "import bench, torch; held = torch.ones(2**28); print(bench.peak_memory(torch.device('cpu')))"  # 1.07 GB
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT).stdout
+    assert 1.1 < float(said) < 1.9
+
+
+def test_what_it_cannot_do_is_said():
+    with pytest.raises(ValueError, match="--table"):
+        bench.main([*SMALL, "--table", "--vs", "trl"])

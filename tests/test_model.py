@@ -247,6 +247,15 @@ def test_rotation_turns_by_angle_and_keeps_lengths():
         assert abs(after - before * complex(math.cos(angle[i]), math.sin(angle[i]))) < 1e-6
 
 
+def test_angles_follow_rope_theta():
+    net = make(rope_theta=100.0)
+    cos, sin = net.rotary(torch.tensor([3]))
+    half = net.config.d_model // net.config.n_head // 2
+    angles = torch.tensor([3 * 100.0 ** (-i / half) for i in range(half)])
+    torch.testing.assert_close(cos[0, 0], angles.cos().repeat(2))
+    torch.testing.assert_close(sin[0, 0], torch.cat((-angles.sin(), angles.sin())))
+
+
 def test_only_relative_positions_matter():
     net, tokens = make(), torch.tensor([1, 2, 3, 4])
     position, *where = alone(4)

@@ -82,6 +82,34 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, folder, tmp_path)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [line["step"] for line in metrics(alone)]
 
 
-def test_fsdp_alone_is_refused(folder, tmp_path):
+def test_fsdp_shards_every_block(tmp_path):
+    script = tmp_path / "wraps.py"
+    script.write_text(WRAPS.format(root=str(ROOT)))
+    ended = torchrun(script=script)
+    assert ended.returncode == 0, ended.stderr
+
+
+WRAPS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+import parallel
+from model import ModelConfig, Transformer
+parallel.join()
+model = Transformer(ModelConfig(60))
+whole = sum(p.numel() for p in model.parameters())
+model = parallel.wrap(model, torch.device("cpu"), fsdp=True)
+assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in model.blocks)
+assert all(isinstance(p, DTensor) for p in model.parameters())
+own = sum(p.to_local().numel() for p in model.parameters())
+assert 0.4 * whole < own < 0.6 * whole, (own, whole)
+parallel.leave()
+"""
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
+def test_fsdp_alone_is_refused(finished, folder, tmp_path, resume):
     with pytest.raises(ValueError, match="torchrun"):
-        train.main([*FLAGS, "--fsdp", "--data", str(folder), "--out_dir", str(tmp_path)])
+        train.main([*FLAGS, "--fsdp", "--data", str(folder), "--out_dir", str(tmp_path)] if not resume else ["--fsdp", "--resume", "--out_dir", str(finished)])

@@ -146,8 +146,39 @@ def test_gradients_are_clipped_to_the_norm_given():
     assert norm > 1 and seen == [pytest.approx(1.0, rel=1e-4)]
 
 
+def test_gradients_are_clipped_after_the_scaler_is_taken_out():
+    model, pairs, seen = make(), token_pairs(), []
+    optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append(sum(p.grad.square().sum() for g in o.param_groups for p in g["params"]).sqrt().item()))
+    batches = data.step_batches(pairs, 0, len(pairs), 8, 0, reference(model, pairs))
+    _, norm, _ = train.train_step(model, optimizer, scaler, batches, train.preference_loss(1.0, 5.0), 0.5, PLAIN)
+    plain = make()
+    assert norm == pytest.approx(step(plain, optimizer_of(plain), pairs, reference(plain, pairs), beta=1.0)[1], rel=1e-4)
+    assert norm > 1 and seen == [pytest.approx(0.5, rel=1e-3)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
+
+
+def test_fit_trains_as_the_flags_say(folder, tmp_path, monkeypatch):
+    calls, decays, take = [], [], train.train_step
+
+    def spy(model, optimizer, scaler, batches, loss_function, grad_clip, precision):
+        decays.append([group["weight_decay"] for group in optimizer.param_groups])
+        with precision:
+            kind = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        calls.append((grad_clip, kind, optimizer.param_groups[0]["lr"]))
+        return take(model, optimizer, scaler, batches, loss_function, grad_clip, precision)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    flags = "--weight_decay 0.3 --grad_clip 0.7 --warmup 1 --lr 0.002 --sft_lr 0.003 --dtype bfloat16"
+    train.main([*TINY, *flags.split(), "--data", str(folder), "--out_dir", str(tmp_path)])
+    assert decays == [[0.3, 0.0]] * len(calls) and {call[:2] for call in calls} == {(0.7, torch.bfloat16)}
+    steps = [line["step"] for line in lines(tmp_path)]
+    sft = steps.index(1, 1)
+    rising = [0.003 * (i + 1) / sft for i in range(sft)] + [0.002 * (i + 1) / (len(steps) - sft) for i in range(len(steps) - sft)]
+    assert [lr for *_, lr in calls] == pytest.approx(rising), "warm-up over the whole of each stage"
 
 
 def test_flags_reach_the_stages_they_name(rows, folder, tmp_path, monkeypatch):
