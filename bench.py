@@ -5,8 +5,8 @@ the reference that comes before it.
     python bench.py --table                   how cost grows with pairs a step, lengths and vocabulary
     python bench.py --vs trl                  in turns with TRL's DPOTrainer, on the same pairs
 
-TRL gets its best settings: the reference's log-probabilities computed ahead, no recomputation of activations, and both a whole
-step at once, as it does by default, and pair by pair with the gradient accumulated, which pads less. What flags.tune_cpu sets for
+TRL gets its best settings: the reference's log-probabilities computed ahead, activations kept unless --checkpointing, and both a
+whole step at once, as it does by default, and pair by pair with the gradient accumulated, which pads less. What flags.tune_cpu sets for
 our process is not set for TRL's: it is measured as its users get it (README.md has what it would gain).
 
 Every measurement is a process of its own. The share is that of the device's own rate of matrix products, measured between the
@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.distributed import is_torchelastic_launched
 
 import data
 import train
@@ -43,7 +44,7 @@ BETA, DELTA, LEARNING_RATE, GRAD_CLIP = 0.1, 10.0, 1e-6, 1.0
 
 @dataclass(frozen=True)
 class Config:
-    vs: str = flag("", "also time this library", choices=("", "trl"))
+    vs: str = flag(None, "also time this library", kind=str, choices=("trl",))
     table: bool = flag(False, "several sizes, one by one")
     rounds: int = flag(1, "measurements of each, in turns; the median counts", above=0)
     steps: int = flag(12, "steps of the epoch", above=WARM_UP)
@@ -226,6 +227,8 @@ def line(name, figures):
 
 def main(argv=None):
     config = settle(Config(**parse(Config, argv)))
+    if is_torchelastic_launched():
+        raise ValueError("torchrun starts this once a process, and each would measure alone; expected python bench.py")
     if config.vs and config.table:
         raise ValueError(f"--table measures this code alone; leave it out, or --vs {config.vs}")
     if config.vs and not importlib.util.find_spec(config.vs):

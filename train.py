@@ -63,7 +63,7 @@ class Config(Settings):
 
 
 def sft_loss(logps, batch):
-    """Mean negative log-probability of the step's answer tokens, nats. logps (2·B,)."""
+    """Mean negative log-probability of the step's answer tokens, nats. logps of the batch's answers, then of its padding."""
     return -logps[: 2 * len(batch.pairs)].sum() / batch.step_tokens, None
 
 
@@ -192,6 +192,7 @@ FILES = (  # what a run leaves in its folder
     "config.json", "metrics.jsonl", "reference.pt", "policy.pt", "ref_logps.pt", "state.pt", "eval.json", "samples.jsonl",
 )
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")  # a checkpoint brings its own
+FREE_FLAGS = ("resume", "out_dir", "fsdp", "checkpointing", "compile", "micro_batch_size")  # may change on --resume: same gradients
 REFERENCE_FLAGS = SIZE_FLAGS + (  # what a reference trained by SFT depends on, beside the data
     "init_from", "seed", "device", "dtype", "max_length", "sft_epochs", "sft_lr", "sft_batch_size", "micro_batch_size", "warmup",
     "weight_decay", "grad_clip",
@@ -214,9 +215,10 @@ def open_run(argv):
         known = {name: flags[name] for name in names}
         pick_device(known["device"])
         for name, value in given.items():
-            if name in known and known[name] != value and name not in ("resume", "out_dir", "fsdp") and value != "auto":
+            if name in known and known[name] != value and name not in FREE_FLAGS and value != "auto":
                 raise ValueError(f"--{name} {value} contradicts the run in {folder}, which has {known[name]}")
-        config = Config(**{**known, "resume": True, "fsdp": config.fsdp, "out_dir": str(folder)})
+        free = {name: given[name] for name in FREE_FLAGS if name in given}
+        config = Config(**{**known, "fsdp": False, **free, "out_dir": str(folder)})
     for name in SIZE_FLAGS:
         if config.init_from and name in given and not config.resume:
             raise ValueError(f"--{name} {given[name]}: --init_from {config.init_from} has its own size; leave the flag out")

@@ -94,3 +94,9 @@ def test_memory_is_that_of_the_process():
 def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match="--table"):
         bench.main([*SMALL, "--table", "--vs", "trl"])
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ValueError, match="expected python bench.py"):
+        bench.main(SMALL)

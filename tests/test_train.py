@@ -258,6 +258,13 @@ def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path):
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_flags_of_the_machine_may_change_on_resume(finished, capsys):
+    config, _ = train.open_run(["--resume", "--checkpointing", "--compile", "--micro_batch_size", "2", "--out_dir", str(finished)])
+    assert (config.checkpointing, config.compile, config.micro_batch_size) == (True, True, 2)
+    config, _ = train.open_run(["--resume", "--out_dir", str(finished)])
+    assert (config.checkpointing, config.compile, config.micro_batch_size) == (False, False, 8)
+
+
 def test_resume_of_a_finished_run_trains_nothing(finished, capsys):
     before = (finished / "policy.pt").stat().st_mtime_ns
     train.main(["--resume", "--out_dir", str(finished)])
