@@ -1,6 +1,7 @@
-"""A small transformer of today's kind, in the family that Llama, Mistral and Qwen2 checkpoints belong to.
+"""A small transformer of today's kind, in the family that Llama, Mistral, Qwen2 and Qwen3 checkpoints belong to.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v; a tied or a separate head.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v, optional norms of q and k; a tied or a
+separate head.
 
 The model's forward gives log π(y | x) of every answer in a batch of prompts, each with any number of answers. A prompt's
 tokens are computed once for all its answers:
@@ -17,6 +18,7 @@ A prompt's keys and values are the same in each of them, so that this is exact, 
 behind every real token, where none can see it.
 """
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,14 +38,22 @@ class ModelConfig:
     n_kv_head: int = 2
     d_model: int = 128
     d_ff: int = 256
+    d_head: int = 0  # 0: d_model / n_head
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0  # rotary angles are divided by this
+    rope_llama3: tuple = ()  # (low, high, length): only of planes that turn under `low` times over length, a part of them up to `high`
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each head's q and k
     tied_head: bool = False
 
     def __post_init__(self):
-        if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
-            raise ValueError(f"d_model {self.d_model} must be n_head {self.n_head} times an even head size")
+        if not self.d_head:
+            if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
+                raise ValueError(f"d_model {self.d_model} must be n_head {self.n_head} times an even head size")
+            object.__setattr__(self, "d_head", self.d_model // self.n_head)  # frozen
+        if self.d_head % 2:
+            raise ValueError(f"the head size {self.d_head} must be even")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
 
@@ -117,12 +127,15 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.n_head, self.n_kv_head, self.d_head = c.n_head, c.n_kv_head, c.d_model // c.n_head
+        self.n_head, self.n_kv_head, self.d_head = c.n_head, c.n_kv_head, c.d_head
         self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * self.d_head, bias=c.qkv_bias)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.qk_norms = nn.ModuleList(RMSNorm(c.d_head, c.norm_eps) for _ in range(2 * c.qk_norm))
+        self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=False)
 
     def forward(self, x, rotary, sequences, place, visible=None, cache=None):
         qk, v = self.qkv(x).unflatten(-1, (-1, self.d_head)).split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
+        if self.qk_norms:
+            qk = torch.cat([norm(x) for norm, x in zip(self.qk_norms, qk.split((self.n_head, self.n_kv_head), 1))], 1)
         qkv = torch.cat((rotate(qk, *rotary), v), 1)  # (T, heads, D)
         qkv = qkv.index_select(0, sequences.flatten()).unflatten(0, sequences.shape).transpose(1, 2)  # (A, heads, L, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
@@ -194,8 +207,13 @@ class Transformer(nn.Module):
 
     def rotary(self, position):
         """What `rotate` multiplies with: cos and ±sin of each position's angles, (T, 1, D), float32."""
-        half = self.config.d_model // self.config.n_head // 2
-        frequency = self.config.rope_theta ** (-torch.arange(half, device=position.device) / half)
+        c, half = self.config, self.config.d_head // 2
+        frequency = c.rope_theta ** (-torch.arange(half, device=position.device) / half)
+        kept = 0.0
+        if c.rope_llama3:
+            low, high, length = c.rope_llama3
+            kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = kept * frequency + (1 - kept) * frequency / c.rope_factor
         angle = position[:, None, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
