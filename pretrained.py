@@ -1,0 +1,292 @@
+"""Hugging Face model folders in and out: Llama, Mistral, Qwen2, Qwen3, and the score models that judge answers.
+
+A folder holds config.json, one or many *.safetensors (with an index) and tokenizer.json. What config.json asks for and our
+transformer cannot do is refused by name, and so is a weight that has no place in it.
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tokenizers import Tokenizer as BPE
+
+import checkpoint
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # model_type → what is fixed in it
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0}
+CARRIED = (  # what --export writes as it was read, beside the weights
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)
+PICKLES = (
+    "{0}: its weights are pickles ({1}), and reading a pickle can run code. Where you trust it, this writes them as safetensors: "
+    "python -c 'import sys, torch, safetensors.torch as s; [s.save_file({{k: v.clone() for k, v in torch.load(f, weights_only=True).items()}}, "
+    'f[:-4].replace("pytorch_", "") + ".safetensors") for f in sys.argv[1:]]\' {0}/pytorch_model*.bin'
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json → ModelConfig
+
+
+def model_config(hf, place, longest):
+    """The ModelConfig that a decoded config.json stands for. longest: tokens of the longest row that it will see."""
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{place}: model_type is {family!r}; expected one of {', '.join(FAMILIES)}")
+    for name, value in FIXED.items():
+        if hf.get(name, value) not in (value, None):
+            raise ValueError(f"{place}: {name} is {str(hf[name])[:60]}; expected {value}, the only kind that this transformer computes")
+    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+    layers = set(hf.get("layer_types") or ["sliding_attention" if hf.get("use_sliding_window", True) else "full_attention"])
+    if window and window < longest and layers != {"full_attention"}:
+        raise ValueError(f"{place}: sliding_window is {window}, and rows have up to {longest} tokens; expected shorter ones (--max_length)")
+    if layers - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{place}: layer_types has {min(layers - {'full_attention', 'sliding_attention'})}; expected full_attention")
+
+    def number(name, default=None, kind=int):
+        value = hf.get(name) or default
+        if type(value) not in (int, kind) or not value > 0:
+            raise ValueError(f"{place}: {name} is {value!r}; expected a number above 0")
+        return value
+
+    n_head = number("num_attention_heads")
+    return ModelConfig(
+        vocab_size=number("vocab_size"), n_layer=number("num_hidden_layers"), n_head=n_head, d_model=number("hidden_size"),
+        n_kv_head=number("num_key_value_heads", n_head if family == "llama" else None), d_ff=number("intermediate_size"), d_head=hf.get("head_dim") or (128 if family == "qwen3" else 0),
+        norm_eps=number("rms_norm_eps", 1e-6, float), tied_head=hf.get("tie_word_embeddings") is True, **rotary(hf, place), **FAMILIES[family],
+    )  # fmt: skip
+
+
+def rotary(hf, place):
+    """ModelConfig's fields on rotary positions."""
+    rope = {"rope_theta": hf.get("rope_theta") or 10000.0, **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if kind not in needed:
+        raise ValueError(f"{place}: the type of rotary scaling is {kind!r}; expected one of {', '.join(needed)}")
+    for name in ("rope_theta", *needed[kind]):
+        if type(rope.get(name)) not in (int, float) or not rope[name] > 0:
+            raise ValueError(f"{place}: {name} of its rotary positions is {rope.get(name)!r}; expected a number above 0")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{place}: partial_rotary_factor is {rope['partial_rotary_factor']}; expected 1.0")
+    factor, *llama3 = [float(rope[name]) for name in needed[kind]] or [1.0]
+    return {"rope_theta": float(rope["rope_theta"]), "rope_factor": factor, "rope_llama3": tuple(llama3)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def places(model):
+    """{Hugging Face's name: its place in model}, each a view: q, k and v are one matrix here, and so are gate and up."""
+    c, found = model.config, {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
+    heads = [n * c.d_head for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    for i, block in enumerate(model.blocks):
+        a, m, at = block.attention, block.mlp, f"model.layers.{i}."
+        for kind, whole in a.qkv.named_parameters():
+            found |= {f"{at}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", whole.split(heads))}
+        found |= {f"{at}self_attn.{n}_norm.weight": norm.weight for n, norm in zip("qk", a.qk_norms)}
+        found |= {f"{at}mlp.{n}_proj.weight": part for n, part in zip(("gate", "up"), m.gate_up.weight.chunk(2))}
+        found |= {f"{at}self_attn.o_proj.weight": a.out.weight, f"{at}mlp.down_proj.weight": m.down.weight}
+        found |= {f"{at}input_layernorm.weight": block.attention_norm.weight, f"{at}post_attention_layernorm.weight": block.mlp_norm.weight}
+    return found if c.tied_head else found | {"lm_head.weight": model.head.weight}
+
+
+def library():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("Hugging Face folders need safetensors: pip install safetensors")
+    return safetensors
+
+
+def tensor_files(folder):
+    """{tensor's name: the file that holds it}."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        files = checkpoint.read_json(index, needed=["weight_map"])["weight_map"]
+        for name, file in files.items() if isinstance(files, dict) else [("weight_map", files)]:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{index}: {name} is {str(file)[:60]!r}; expected the name of a file in the same folder")
+        return {name: folder / file for name, file in files.items()}
+    shards = [single] if single.exists() else sorted(folder.glob("model-*.safetensors"))
+    if shards:
+        return {name: path for path in shards for name in read(path, lambda f: list(f.keys()))}
+    pickles = sorted(f.name for f in folder.glob("pytorch_model*.bin"))
+    if pickles:
+        raise ValueError(PICKLES.format(folder, pickles[0]))
+    raise ValueError(f"{folder}: holds no weights; expected model.safetensors, or several and their index")
+
+
+def read(path, wanted):
+    """wanted(the open safetensors file). It is mapped into memory only meanwhile, since what was touched of it counts."""
+    try:
+        with library().safe_open(path, "pt") as f:
+            return wanted(f)
+    except (library().SafetensorError, FileNotFoundError) as e:
+        raise ValueError(f"{path}: cannot be read as safetensors ({e}); expected the whole file")
+
+
+@torch.no_grad()
+def fill(slots, files, unused=()):
+    """Copy each tensor of the files into its slot, one by one. Returns the embedding's type in the files."""
+    dtype, empty = None, set(slots)
+    for name, path in sorted(files.items(), key=lambda item: item[0] == "lm_head.weight"):  # after the embedding
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(tuple(unused)):
+            continue
+        tensor = read(path, lambda f: f.get_tensor(name))
+        slot = slots.get(name)
+        if slot is None and name == "lm_head.weight":
+            if tensor.equal(slots["model.embed_tokens.weight"].to(tensor)):
+                continue
+            raise ValueError(f"{path}: lm_head.weight differs from the embedding, though config.json says tie_word_embeddings")
+        if slot is None:
+            raise ValueError(f"{path}: {name} has no place in this transformer; expected Llama's names")
+        if tensor.shape != slot.shape or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            found = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(f"{path}: {name} is {found}; expected {tuple(slot.shape)} of float32, bfloat16 or float16")
+        slot.copy_(tensor)
+        empty.discard(name)
+        dtype = tensor.dtype if name == "model.embed_tokens.weight" else dtype
+    if empty:
+        raise ValueError(f"{next(iter(files.values())).parent}: {min(empty)} is missing from the weights")
+    return dtype
+
+
+def blank(kind, config, device):
+    """A model of that kind whose weights are not yet written, so that there is one copy of them."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.to_empty(device=device)
+    if config.tied_head:
+        model.head.weight = model.embedding.weight
+    return model
+
+
+def load(folder, template, longest, device):
+    """(model in float32, its tokenizer) of a Hugging Face folder. longest: tokens of the longest row that it will see."""
+    folder = Path(folder)
+    hf, files, tokenizer = checkpoint.read_json(folder / "config.json"), tensor_files(folder), load_tokenizer(folder, template)
+    config = model_config(hf, folder / "config.json", longest)
+    check_vocabulary(tokenizer, config, folder)
+    model = blank(Transformer, config, device)
+    dtype = str(fill(places(model), files)).removeprefix("torch.")
+    tokenizer.files["config.json"] = json.dumps({**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}, indent=2).encode()
+    return model.eval(), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def load_tokenizer(folder, template):
+    """The folder's tokenizer.json, with the EOS and what stands before a text as transformers would have them."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        made = f"python -c 'import transformers as t; t.AutoTokenizer.from_pretrained(\"{folder}\").save_pretrained(\"{folder}\")'"
+        raise ValueError(f"{path}: no such file; where there is a tokenizer.model, this makes one: {made}")
+    files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
+    settings = [checkpoint.read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json") if name in files]
+    settings = {k: v["content"] if isinstance(v, dict) and "content" in v else v for s in settings for k, v in s.items()}
+    try:
+        bpe = BPE.from_str(files["tokenizer.json"].decode())
+    except Exception as e:  # the library raises nothing more specific
+        raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0]}); expected a file of the tokenizers library")
+
+    def token(kind):
+        i = None if settings.get(kind) is None else bpe.token_to_id(str(settings[kind]))
+        if i is None:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {kind} is {settings.get(kind)!r}; expected one of the tokenizer's tokens")
+        return i
+
+    e = bpe.encode("x", add_special_tokens=True)
+    first = e.ids[: e.special_tokens_mask.index(0)]
+    if settings.get("add_bos_token") is not None:
+        first = [token("bos_token")] if settings["add_bos_token"] else []
+    return Tokenizer(files["tokenizer.json"].decode(), template, token("eos_token"), first, files)
+
+
+def check_vocabulary(tokenizer, config, folder):
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has ids up to {tokenizer.vocab_size - 1}, and the model has {config.vocab_size} rows")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def export(model, tokenizer, folder):
+    """Write model and tokenizer as a Hugging Face folder: weights in the type they came in, all else as it was read."""
+    folder, half = Path(folder), Path(f"{folder}.tmp")
+    if folder.exists():
+        raise ValueError(f"--export {folder}: exists already; expected the name of a new folder")
+    files = tokenizer.files or own_files(model.config, tokenizer)
+    hf = json.loads(files["config.json"])
+    dtype = getattr(torch, hf.get("dtype") or hf["torch_dtype"])
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    weights = {name: place.detach().to("cpu", dtype) for name, place in places(model).items()}
+    library().torch.save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files.items():
+        (half / name).write_bytes(content)
+    os.replace(half, folder)
+
+
+def own_files(c, tokenizer):
+    """{name: bytes} beside the weights, for a model that was trained from nothing here: a Llama to everybody else."""
+    hf = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size, "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.d_head, "hidden_act": "silu", "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tied_head,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos, "torch_dtype": "float32",
+    }  # fmt: skip
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.bpe.id_to_token(tokenizer.eos)}
+    contents = {"config.json": hf, "tokenizer_config.json": settings, "tokenizer.json": json.loads(tokenizer.serialized)}
+    return {name: json.dumps(content, indent=1).encode() for name, content in contents.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judges
+
+
+class ScoreModel(Transformer):
+    """A transformer with a head of one row, read at an answer's last token: a reward or a cost model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(config.d_model, 1)
+
+    def forward(self, rows):
+        """The score of each row's one answer: (A,) float32."""
+        ends = rows.source[rows.answer.bincount().cumsum(0) - 1] + 1  # an answer's last token comes after what predicts it
+        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place)
+        return self.head(hidden[ends]).squeeze(-1).float()
+
+
+def load_judge(folder, template, answers, device):
+    """(model, [(x, [y]), …]) of a score model's folder and [(prompt, answer text), …], whose scores are then model(rows).
+
+    The head is score_head (beaver's) or score (transformers' sequence classifiers), its bias 0 where the files have none.
+    """
+    folder = Path(folder)
+    hf, files, tokenizer = checkpoint.read_json(folder / "config.json"), tensor_files(folder), load_tokenizer(folder, template)
+    prompts, texts = zip(*answers)
+    examples = [(x, [y]) for x, y in zip(tokenizer.prompts(prompts), tokenizer.answers(texts))]
+    config = model_config({**hf, "tie_word_embeddings": False}, folder / "config.json", max(len(x) + len(y) for x, (y,) in examples))
+    check_vocabulary(tokenizer, config, folder)
+    head = next((n for n in ("score_head", "score") if f"{n}.weight" in files), None)
+    if head is None:
+        raise ValueError(f"{folder}: no score_head.weight and no score.weight among its weights; expected a score model")
+    if hf.get("do_normalize") or hf.get("score_dim", 1) != 1:
+        raise ValueError(f"{folder}: its scores are normalized, or several; expected one score, do_normalize false")
+    model = blank(ScoreModel, config, device)
+    slots = {n: p for n, p in places(model).items() if n != "lm_head.weight"} | {f"{head}.weight": model.head.weight, f"{head}.bias": model.head.bias}
+    if f"{head}.bias" not in files:
+        nn.init.zeros_(slots.pop(f"{head}.bias"))
+    fill(slots, files, unused=("normalizer.", "lm_head."))
+    return model.eval(), examples
