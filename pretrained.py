@@ -185,7 +185,7 @@ def load(folder, template, longest, device):
 
 
 def load_tokenizer(folder, template):
-    """The folder's tokenizer.json, with the EOS and what stands before a text as transformers would have them."""
+    """The folder's tokenizer.json. What stands before a text (BOS, or nothing) is what the file itself puts there."""
     path = folder / "tokenizer.json"
     if not path.exists():
         made = f"python -c 'import transformers as t; t.AutoTokenizer.from_pretrained(\"{folder}\").save_pretrained(\"{folder}\")'"
@@ -197,18 +197,12 @@ def load_tokenizer(folder, template):
         bpe = BPE.from_str(files["tokenizer.json"].decode())
     except Exception as e:  # the library raises nothing more specific
         raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0]}); expected a file of the tokenizers library")
-
-    def token(kind):
-        i = None if settings.get(kind) is None else bpe.token_to_id(str(settings[kind]))
-        if i is None:
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: {kind} is {settings.get(kind)!r}; expected one of the tokenizer's tokens")
-        return i
-
+    eos = bpe.token_to_id(str(settings.get("eos_token")))
+    if eos is None:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token is {settings.get('eos_token')!r}; expected one of the tokenizer's tokens")
     e = bpe.encode("x", add_special_tokens=True)
     first = e.ids[: e.special_tokens_mask.index(0)]
-    if settings.get("add_bos_token") is not None:
-        first = [token("bos_token")] if settings["add_bos_token"] else []
-    return Tokenizer(files["tokenizer.json"].decode(), template, token("eos_token"), first, files)
+    return Tokenizer(files["tokenizer.json"].decode(), template, eos, first, files)
 
 
 def check_vocabulary(tokenizer, config, folder):
