@@ -1,14 +1,17 @@
 """From JSON lines to batches: records, validated row by row; pairs; token ids; the batches of a step.
 
-A row of PKU-SafeRLHF is {"prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe",
-"better_response_id", "safer_response_id"}. The toy world's rows have the same fields and come in by the same door.
+Three kinds of rows are known by their fields: PKU-SafeRLHF's (the toy world's too), TRL's preference pairs with safety
+labels, and BeaverTails' single answers. They stream from the files in each pass; what is kept are token ids, in a file.
 """
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
+import tempfile
 import zlib
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,15 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer as BPE
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import safedpo
 import toy_world
 from model import Rows, pack_rows
+from parallel import progress
 
-PROMPT = "{}\n"  # what stands around a prompt; it ends on a token border, since prompt and answer are encoded apart
 OPEN = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+AT_ONCE = 1000  # pairs that are tokenized together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,7 +36,7 @@ OPEN = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 
 @dataclass(frozen=True)
 class Record:
-    """One row as the data set has it. Everything downstream may rely on these types and ranges."""
+    """Two answers to a prompt and their labels, under PKU-SafeRLHF's names. Everything downstream relies on these types."""
 
     prompt: str
     response_0: str
@@ -52,21 +54,17 @@ EXPECTED = {  # field type → what a valid value is, in words and as a test; JS
 }
 
 
-def parse_record(row, place):
-    """A decoded JSON value as a Record. Fields beyond the seven are ignored. ValueError names place, value and remedy."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: the row is {_show(row)}; expected a JSON object")
-    values = {}
-    for name, kind in Record.__annotations__.items():
+def take(row, kinds, place):
+    """The values of {field: type} in a decoded row, checked, in that order. ValueError names place, value and remedy."""
+    for name, kind in kinds.items():
         words, valid = EXPECTED[kind]
         if name not in row:
             raise ValueError(f"{place}: {name} is missing; expected {words}")
         if not valid(row[name]):
             raise ValueError(f"{place}: {name} is {_show(row[name])}; expected {words}")
-        values[name] = row[name]
-    if not values["prompt"].strip():
+    if not row["prompt"].strip():
         raise ValueError(f"{place}: prompt is empty; expected text")
-    return Record(**values)
+    return [row[name] for name in kinds]
 
 
 def _show(value):
@@ -74,26 +72,99 @@ def _show(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_jsonl(path):
-    """The records of a .jsonl, .jsonl.gz or .jsonl.xz file. ValueError names file and line."""
+def pku_saferlhf(rows, notes):
+    """Records of (row, place), one a row. Fields beyond the seven, as the release of 2024 has them, are not needed."""
+    for row, place in rows:
+        yield Record(*take(row, Record.__annotations__, place))
+
+
+def preference_pairs(rows, notes):
+    """Records of TRL's rows: prompt, chosen and rejected, each a string or a list of one message, and two labels."""
+    for row, place in rows:
+        word = "unsafe" if "chosen_unsafe" in row or "rejected_unsafe" in row else "safe"
+        if word == "unsafe" and ("chosen_safe" in row or "rejected_safe" in row):
+            raise ValueError(f"{place}: both kinds of labels; expected chosen_unsafe and rejected_unsafe, or chosen_safe and rejected_safe")
+        row = {**row, **{name: _text(row, name, role, place) for name, role in SPEAKERS.items() if name in row}}
+        kinds = {**dict.fromkeys(SPEAKERS, str), f"chosen_{word}": bool, f"rejected_{word}": bool}
+        prompt, chosen, rejected, *labels = take(row, kinds, place)
+        safe = [label == (word == "safe") for label in labels]
+        yield Record(prompt, chosen, rejected, *safe, 0, int(safe == [False, True]))
+
+
+SPEAKERS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
+def _text(row, name, role, place):
+    value = row[name]
+    if not isinstance(value, list):
+        return value
+    if len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == role:
+        return value[0].get("content")
+    raise ValueError(f"{place}: {name} is {_show(value)}; expected a string or a list of one message whose role is {role}")
+
+
+def beavertails(rows, notes):
+    """Records of single answers: each safe one with an unsafe one to the same prompt, in the order they come.
+
+    People did not compare these, so that the safe one counts as the better one too.
+    """
+    waiting = {}  # (prompt, is safe) → answers
+    for row, place in rows:
+        prompt, answer, safe = take(row, {"prompt": str, "response": str, "is_safe": bool}, place)
+        others = waiting.get((prompt, not safe))
+        if not others:
+            waiting.setdefault((prompt, safe), []).append(answer)
+            continue
+        yield Record(prompt, others.pop(0), answer, not safe, safe, int(safe), int(safe))
+        if not others:
+            del waiting[prompt, not safe]
+    notes["answers stay alone: no answer of the other kind to the same prompt"] = sum(map(len, waiting.values()))
+
+
+FORMATS = {  # name → (reader, fields that tell it, labels)
+    "PKU-SafeRLHF": (pku_saferlhf, {"response_0", "response_1"}, ("is_response_0_safe", "is_response_1_safe")),
+    "preference pairs": (preference_pairs, {"chosen", "rejected"}, ("chosen_unsafe", "rejected_unsafe")),
+    "BeaverTails": (beavertails, {"response"}, ("is_safe",)),
+}
+
+
+def recognise(row, place):
+    """The name of the row's format. ValueError if it has the fields of none, or no safety label."""
+    for name, (_, fields, labels) in FORMATS.items():
+        if fields & row.keys():
+            if not any(label in row or label.replace("unsafe", "safe") in row for label in labels):
+                raise ValueError(f"{place}: {name} without safety labels; each row needs {' and '.join(labels)}, true or false")
+            return name
+    known = "; ".join(" and ".join(sorted(fields)) for _, fields, _ in FORMATS.values())
+    raise ValueError(f"{place}: the fields are {_show(sorted(row))}; expected prompt, and {known}")
+
+
+def read_jsonl(path, notes, wanted=lambda row: True):
+    """The records of the wanted rows of a .jsonl, .jsonl.gz or .jsonl.xz file. notes counts what is worth telling."""
+    rows = ((row, place) for row, place in read_rows(path) if wanted(row))
+    for first in itertools.islice(rows, 1):
+        name = recognise(*first)
+        notes[f"rows of {name}"] += 0
+        yield from FORMATS[name][0](itertools.chain([first], rows), notes)
+
+
+def read_rows(path):
+    """(JSON object, "file:line") of each line that is not blank. ValueError names file and line."""
     opener = OPEN.get(path.suffix)
     if opener is None:
         raise ValueError(f"{path}: unknown kind of file; expected .jsonl, .jsonl.gz or .jsonl.xz")
-    records, number = [], 0
+    number = 0
     try:
         with opener(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    records.append(parse_line(line, f"{path}:{number}"))
+                    yield parse_line(line, f"{path}:{number}"), f"{path}:{number}"
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as e:
         raise ValueError(f"{path}:{number + 1}: cannot be unpacked ({e}); expected a whole file, packed as its name says")
-    if not records:
-        raise ValueError(f"{path}: holds no row")
-    return records
 
 
 def parse_line(line, place):
-    """One line's bytes as a Record. ValueError names place, value and remedy."""
+    """One line's bytes as a dict. ValueError names place, value and remedy."""
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as e:
@@ -102,7 +173,9 @@ def parse_line(line, place):
         raise ValueError(f"{place}: not valid JSON ({e.msg} at column {e.colno}); expected one object a line")
     except (ValueError, RecursionError) as e:  # a field twice, a number of thousands of digits, brackets nested as deep
         raise ValueError(f"{place}: JSON that cannot be read ({e}); expected the fields of PKU-SafeRLHF")
-    return parse_record(row, place)
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: the row is {_show(row)}; expected a JSON object")
+    return row
 
 
 def _unique(fields):
@@ -113,39 +186,81 @@ def _unique(fields):
     return row
 
 
-def load(data):
-    """{"train": records, "test": records, …} of "toy", a file, or a folder with train and test files.
+class Records:
+    """A split: read(notes) gives its records anew in each pass, so that a million of them need no memory.
 
-    A file without a test file beside it is split by prompt: one prompt in ten, by hash, is held out.
+    notes: what the last whole pass counted. ValueError at the end of a pass that met no record.
+    """
+
+    def __init__(self, place, read):
+        self.place, self.read, self.notes = place, read, Counter()
+
+    def __iter__(self):
+        notes, n = Counter(), 0
+        for n, r in enumerate(self.read(notes), 1):
+            safe = r.is_response_0_safe, r.is_response_1_safe
+            notes["rows have two answers that are the same"] += r.response_0 == r.response_1
+            notes["rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that"] += (
+                safe[0] != safe[1] and not safe[r.safer_response_id]
+            )
+            yield r
+        if not n:
+            raise ValueError(f"{self.place}: holds no row")
+        self.notes = notes
+
+
+def load(data):
+    """{"train": Records, "test": Records, …} of "toy", a file, or a folder with train and test files, at any depth.
+
+    A file alone is split by prompt: one prompt in ten, by hash, is held out.
     """
     if data == "toy":
-        return {s: [parse_record(r, f"toy {s}:{i}") for i, r in enumerate(rows, 1)] for s, rows in toy_world.splits().items()}
+        return {split: _of_rows(f"toy {split}", rows) for split, rows in toy_world.splits().items()}
     path = Path(data)
     if path.is_dir():
-        files = {s: sorted(f for f in path.iterdir() if f.name.startswith(s) and f.suffix in OPEN) for s in ("train", "test")}
+        visible = [f for f in sorted(path.rglob("*")) if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+        files = {s: [f for f in visible if f.name.startswith(s) and f.suffix in OPEN and f.is_file()] for s in ("train", "test")}
         for split, found in files.items():
             if not found:
                 raise ValueError(f"{path}: no {split} file; expected {split}.jsonl, {split}.jsonl.gz or {split}.jsonl.xz")
-        return {split: [r for f in found for r in read_jsonl(f)] for split, found in files.items()}
+        return {split: _of_files(found, found[0]) for split, found in files.items()}
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; --data takes toy, a .jsonl file, or a folder of them")
-    splits = {"train": [], "test": []}
-    for r in read_jsonl(path):
-        held_out = hashlib.sha256(r.prompt.encode("utf-8", "replace")).digest()[0] % 10 == 0
-        splits["test" if held_out else "train"].append(r)
-    for split, records in splits.items():
-        if not records:
-            raise ValueError(f"{path}: too few prompts to hold some out; the {split} split is empty")
-    return splits
+    held_out = lambda row: hashlib.sha256(json.dumps(row.get("prompt")).encode()).digest()[0] % 10 == 0
+    few = f"{path}: too few prompts to hold some out, or none; the {{}} split"
+    return {
+        "train": _of_files([path], few.format("train"), lambda row: not held_out(row)),
+        "test": _of_files([path], few.format("test"), held_out),
+    }
 
 
-def fingerprint(splits):
-    """A hash of every record, to tell whether two runs saw the same data."""
-    digest = hashlib.sha256()
-    for split, records in splits.items():
-        for r in records:
+def _of_files(files, place, wanted=lambda row: True):
+    return Records(place, lambda notes: (r for f in files for r in read_jsonl(f, notes, wanted)))
+
+
+def _of_rows(place, rows):
+    return Records(place, lambda notes: pku_saferlhf(((r, f"{place}:{i}") for i, r in enumerate(rows, 1)), notes))
+
+
+def survey(splits):
+    """(digest, lines): one pass over everything, so that every row is checked before anything is done with one.
+
+    digest: a hash of every record, to tell whether two runs saw the same data. lines: what is there, and what is odd about it.
+    """
+    digest, counts, tested, shared = hashlib.sha256(), Counter(), set(), 0
+    for split in sorted(splits, key=lambda split: split != "test"):  # test first
+        for r in progress(splits[split], f"reading {split}"):
             digest.update(repr((split, r)).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
+            counts[split] += 1
+            prompt = hash(r.prompt)
+            if split == "test":
+                tested.add(prompt)
+            shared += split == "train" and prompt in tested
+    notes = sum((Counter({(split, what): n for what, n in records.notes.items()}) for split, records in splits.items()), Counter())
+    kinds = sorted({what for records in splits.values() for what in records.notes if what.startswith("rows of ")})
+    lines = [", ".join(f"{counts[split]} {split}" for split in splits) + " " + (" and ".join(kinds) or "rows")]
+    lines += [f"{n} {split} {what}" for (split, what), n in notes.items()]
+    return digest.hexdigest(), lines + [f"{shared} train rows have a prompt that is in test too"] * (shared > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,37 +269,27 @@ def fingerprint(splits):
 
 def flip_flags(records, share, seed):
     """Records with each safety flag flipped with probability `share`: --label_noise."""
-    flips = np.random.default_rng((seed, 1)).random((len(records), 2)) < share
-    noisy = []
-    for r, (f0, f1) in zip(records, flips.tolist()):
+    rng = np.random.default_rng((seed, 1))
+    for r in records:
+        f0, f1 = (rng.random(2) < share).tolist()
         labels = {"is_response_0_safe": r.is_response_0_safe != f0, "is_response_1_safe": r.is_response_1_safe != f1}
-        noisy.append(Record(**{**vars(r), **labels}))
-    return noisy
+        yield Record(**{**vars(r), **labels})
 
 
-def contradictions(records):
-    """How many records have a safer_response_id that points to an unsafe answer while the other one is safe."""
-    safe = [(r.is_response_0_safe, r.is_response_1_safe, r.safer_response_id) for r in records]
-    return sum(s0 != s1 and not (s0, s1)[safer] for s0, s1, safer in safe)
+def choose_pairs(records, choice, counts):
+    """The pairs of records under one of safedpo.PAIR_CHOICES. ValueError at the end if there was none.
 
-
-def choose_pairs(records, choice):
-    """(pairs, counts) of records under one of safedpo.PAIR_CHOICES. ValueError if no pair is left.
-
-    counts: for "safedpo" T's four (kept safe-safe, kept safe-unsafe, swapped, dropped); other choices can also keep
-    pairs with an unsafe winner, and "swapped" is relative to the more helpful answer.
+    counts, a Counter, gets for "safedpo" T's four (kept safe-safe, kept safe-unsafe, swapped, dropped); other choices can
+    also keep pairs with an unsafe winner, and "swapped" is relative to the more helpful answer.
     """
-    pairs, counts = [], Counter({"kept safe-safe": 0, "kept safe-unsafe": 0, "swapped": 0, "dropped": 0})
+    counts.update({"kept safe-safe": 0, "kept safe-unsafe": 0, "swapped": 0, "dropped": 0})
     for r in records:
         pair, given = safedpo.PAIR_CHOICES[choice](r), safedpo.helpful(r)
-        if pair is None:
-            counts["dropped"] += 1
-            continue
-        counts["kept " + kind(pair.h_w, pair.h_l) if pair == given else "swapped"] += 1
-        pairs.append(pair)
-    if not pairs:
-        raise ValueError(f"no pair is left: --pairs {choice} dropped all {len(records)} rows; it needs rows with a safe answer")
-    return pairs, counts
+        counts["dropped" if pair is None else "kept " + kind(pair.h_w, pair.h_l) if pair == given else "swapped"] += 1
+        if pair is not None:
+            yield pair
+    if counts["dropped"] == counts.total():
+        raise ValueError(f"no pair is left: --pairs {choice} dropped all {counts.total()} rows; it needs rows with a safe answer")
 
 
 def kind(h_w, h_l):
@@ -196,59 +301,68 @@ def kind(h_w, h_l):
 # Text → token ids
 
 
-class Tokenizer:
-    """Byte-level BPE: any text goes in and comes out again. EOS is a token that no text encodes to."""
+class TokenPairs:
+    """A sequence of pairs whose x, y_w and y_l are lists of token ids. They lie in a temporary file that is mapped into
+    memory, so that the system can put them aside where there are more than fit."""
 
-    def __init__(self, serialized):
-        self.bpe = BPE.from_str(serialized)
-        self.bpe.encode_special_tokens = True  # "<eos>" inside a text is text
-        self.eos = self.bpe.token_to_id("<eos>")
-        self.vocab_size = self.bpe.get_vocab_size()
+    def __init__(self, pairs):
+        self.ends, self.unsafe = array("q", [0]), bytearray()
+        with tempfile.TemporaryFile() as file:
+            for pair in pairs:
+                for ids in pair[:3]:
+                    array("i", ids).tofile(file)
+                    self.ends.append(self.ends[-1] + len(ids))
+                self.unsafe += bytes(pair[3:])
+            file.flush()
+            self.tokens = np.memmap(file, np.int32, "r") if self.unsafe else None
 
-    @classmethod
-    def train(cls, records, vocab_size):
-        """Trained on the prompts and answers of records."""
-        bpe = BPE(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-        )
-        bpe.train_from_iterator((t for r in records for t in (PROMPT.format(r.prompt), r.response_0, r.response_1)), trainer)
-        return cls(bpe.to_str())
+    def __len__(self):
+        return len(self.unsafe) // 2
 
-    def serialized(self):
-        return self.bpe.to_str()
-
-    def prompts(self, texts):
-        return [e.ids for e in self.bpe.encode_batch([PROMPT.format(t) for t in texts], add_special_tokens=False)]
-
-    def answers(self, texts):
-        return [e.ids + [self.eos] for e in self.bpe.encode_batch(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids):
-        return self.bpe.decode([i for i in ids if i != self.eos])
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        ends = self.ends[3 * i : 3 * i + 4]
+        ids = (self.tokens[start:end].tolist() for start, end in zip(ends, ends[1:]))
+        return safedpo.Pair(*ids, *self.unsafe[2 * i : 2 * i + 2])
 
 
-def encode(pairs, tokenizer, max_length):
-    """(pairs of token ids, counts): x, y_w and y_l become lists of ids; each answer ends in one EOS.
+class Examples:
+    """Pairs of token ids as the rows that a forward pass takes: (x, [y_w, y_l])."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i].x, [self.pairs[i].y_w, self.pairs[i].y_l]
+
+
+def encode(pairs, tokenizer, max_length, title=None):
+    """(TokenPairs, counts) of pairs of text; each answer ends in one EOS.
 
     One rule for what is too long: prompt + answer keep their first max_length tokens, so that a cut answer has no EOS
     ("truncated"); a pair whose prompt alone leaves no room is left out ("prompt too long").
     """
-    columns = tokenizer.prompts(p.x for p in pairs), tokenizer.answers(p.y_w for p in pairs), tokenizer.answers(p.y_l for p in pairs)
-    encoded, counts = [], Counter({"truncated": 0, "prompt too long": 0})
-    for pair, x, y_w, y_l in zip(pairs, *columns):
-        room = max_length - len(x)
-        if room < 1:
-            counts["prompt too long"] += 1
-            continue
-        counts["truncated"] += (len(y_w) > room) + (len(y_l) > room)
-        encoded.append(safedpo.Pair(x, y_w[:room], y_l[:room], pair.h_w, pair.h_l))
-    if not encoded:
+    counts = Counter({"truncated": 0, "prompt too long": 0})
+    encoded = TokenPairs(_encode(iter(progress(pairs, title)), tokenizer, max_length, counts))
+    if not len(encoded):
         raise ValueError(f"no pair is left: every prompt fills --max_length {max_length} alone; raise it")
     return encoded, counts
+
+
+def _encode(pairs, tokenizer, max_length, counts):
+    while part := list(itertools.islice(pairs, AT_ONCE)):
+        columns = (tokenizer.prompts(p.x for p in part), tokenizer.answers(p.y_w for p in part), tokenizer.answers(p.y_l for p in part))
+        for pair, x, y_w, y_l in zip(part, *columns):
+            room = max_length - len(x)
+            if room < 1:
+                counts["prompt too long"] += 1
+                continue
+            counts["truncated"] += (len(y_w) > room) + (len(y_l) > room)
+            yield safedpo.Pair(x, y_w[:room], y_l[:room], pair.h_w, pair.h_l)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,8 +396,9 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
     """
     epoch, i = divmod(step, steps_per_epoch(pairs, batch_size))
     chosen = epoch_order(len(pairs), seed, epoch)[i * batch_size : (i + 1) * batch_size].tolist()
+    pairs = {i: pairs[i] for i in chosen}
     chosen.sort(key=lambda i: len(pairs[i].x) + max(len(pairs[i].y_w), len(pairs[i].y_l)))
-    step_tokens = sum(len(pairs[i].y_w) + len(pairs[i].y_l) for i in chosen)
+    step_tokens = sum(len(p.y_w) + len(p.y_l) for p in pairs.values())
     batches = []
     for start in range(0, len(chosen[::size]), micro_batch_size):
         part = chosen[rank::size][start : start + micro_batch_size]

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -77,6 +78,11 @@ def end_inference(model):
     and train on with these."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def progress(items, title, **about):
+    """items, with a bar if they take more than a second: in one process, and where there is a title."""
+    return tqdm(items, title, disable=title is None or rank() > 0, leave=False, delay=1, **about)
 
 
 def total(x):
