@@ -127,12 +127,11 @@ def ours(c):
     device, pairs = torch.device(c.device), make_pairs(c)
     sizes = {name: getattr(c, name) for name in train.SIZE_FLAGS}
     model = train.prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
-    rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
     if c.compile:
-        log_probs(model, rows[: c.micro_batch_size], device, c.dtype)  # compiling is no part of an epoch
+        log_probs(model, data.Examples(pairs[: c.micro_batch_size]), device, c.dtype)  # compiling is no part of an epoch
     start = clock(device)
-    ref = log_probs(model, rows, device, c.dtype, c.micro_batch_size)
+    ref = log_probs(model, data.Examples(pairs), device, c.dtype, c.micro_batch_size)
     reference_time = clock(device) - start
     optimizer = train.make_optimizer(model, 0.0)
     for group in optimizer.param_groups:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import lzma
+import math
 import tempfile
 import zlib
 from array import array
@@ -51,6 +52,7 @@ EXPECTED = {  # field type → what a valid value is, in words and as a test; JS
     str: ("a string of valid Unicode", lambda v: isinstance(v, str) and v == v.encode("utf-8", "replace").decode()),
     bool: ("true or false", lambda v: isinstance(v, bool)),
     int: ("0 or 1", lambda v: type(v) is int and v in (0, 1)),
+    float: ("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v)),
 }
 
 
@@ -61,13 +63,13 @@ def take(row, kinds, place):
         if name not in row:
             raise ValueError(f"{place}: {name} is missing; expected {words}")
         if not valid(row[name]):
-            raise ValueError(f"{place}: {name} is {_show(row[name])}; expected {words}")
-    if not row["prompt"].strip():
+            raise ValueError(f"{place}: {name} is {show(row[name])}; expected {words}")
+    if "prompt" in kinds and not row["prompt"].strip():
         raise ValueError(f"{place}: prompt is empty; expected text")
     return [row[name] for name in kinds]
 
 
-def _show(value):
+def show(value):
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -100,7 +102,7 @@ def _text(row, name, role, place):
         return value
     if len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == role:
         return value[0].get("content")
-    raise ValueError(f"{place}: {name} is {_show(value)}; expected a string or a list of one message whose role is {role}")
+    raise ValueError(f"{place}: {name} is {show(value)}; expected a string or a list of one message whose role is {role}")
 
 
 def beavertails(rows, notes):
@@ -115,10 +117,11 @@ def beavertails(rows, notes):
         if not others:
             waiting.setdefault((prompt, safe), []).append(answer)
             continue
+        notes["pairs are made of single answers; the safe one counts as the better one"] += 1
         yield Record(prompt, others.pop(0), answer, not safe, safe, int(safe), int(safe))
         if not others:
             del waiting[prompt, not safe]
-    notes["answers stay alone: no answer of the other kind to the same prompt"] = sum(map(len, waiting.values()))
+    notes["single answers stay unpaired: no answer of the other kind to the same prompt"] = sum(map(len, waiting.values()))
 
 
 FORMATS = {  # name → (reader, fields that tell it, labels)
@@ -136,7 +139,7 @@ def recognise(row, place):
                 raise ValueError(f"{place}: {name} without safety labels; each row needs {' and '.join(labels)}, true or false")
             return name
     known = "; ".join(" and ".join(sorted(fields)) for _, fields, _ in FORMATS.values())
-    raise ValueError(f"{place}: the fields are {_show(sorted(row))}; expected prompt, and {known}")
+    raise ValueError(f"{place}: the fields are {show(sorted(row))}; expected prompt, and {known}")
 
 
 def read_jsonl(path, notes, wanted=lambda row: True):
@@ -174,7 +177,7 @@ def parse_line(line, place):
     except (ValueError, RecursionError) as e:  # a field twice, a number of thousands of digits, brackets nested as deep
         raise ValueError(f"{place}: JSON that cannot be read ({e}); expected the fields of PKU-SafeRLHF")
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: the row is {_show(row)}; expected a JSON object")
+        raise ValueError(f"{place}: the row is {show(row)}; expected a JSON object")
     return row
 
 

@@ -2,6 +2,7 @@
 
     python train.py --delta 5                                         the toy world, on a laptop
     python train.py --data PKU-SafeRLHF-30K --beta 0.1 --delta 10     a folder with train and test files
+    python train.py --init_from alpaca-7b --prompt_template beaver --data PKU-SafeRLHF-30K --beta 0.1 --delta 10
     python train.py --pairs helpful                                   a baseline
 """
 import hashlib
@@ -10,6 +11,7 @@ import math
 import os
 import shlex
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -19,16 +21,20 @@ from tqdm import tqdm
 import checkpoint
 import data
 import parallel
+import pretrained
 import safedpo
-from eval import Settings, evaluate, load_model, log_probs, preference_metrics, side_by_side, table
+from eval import MODELS, Settings, evaluate, load_model, log_probs, preference_metrics
 from flags import autocast, flag, parse, pick_device, run, settle
 from model import ModelConfig, Transformer, move
+from report import side_by_side, table
+from tokenizer import TEMPLATES, Tokenizer
 
 
 @dataclass(frozen=True)
 class Config(Settings):
     data: str = flag("toy", "toy, a .jsonl file, or a folder with train and test files")
-    init_from: str = flag("", "start from this checkpoint of ours as the reference, and skip SFT")
+    init_from: str = flag("", "start from this: a checkpoint of ours, or a Hugging Face model folder")
+    prompt_template: str = flag(None, f"what stands around a prompt: a text with {{prompt}} in it, or {', '.join(TEMPLATES)}; left out: plain from nothing, a checkpoint's own", kind=str)
     pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(safedpo.PAIR_CHOICES))
     beta: float = flag(2.0, "β of the loss", above=0)
     delta: float = flag(None, "Δ of the loss: asks for Δ/β nats; left out: 5 with safedpo, noswap; 0 with others", kind=float, least=0)
@@ -45,7 +51,7 @@ class Config(Settings):
     n_kv_head: int = flag(2, "heads of keys and values", above=0)
     d_model: int = flag(128, "width", above=0)
     d_ff: int = flag(256, "width of the SwiGLU", above=0)
-    sft_epochs: int = flag(1, "passes of SFT", above=0)
+    sft_epochs: int = flag(None, "passes of SFT, which makes the reference; left out: 1 from nothing, 0 with --init_from", kind=int, least=0)
     sft_lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
     sft_batch_size: int = flag(8, "pairs a step of SFT, both answers of each", above=0)
     epochs: int = flag(2, "passes of SafeDPO", above=0)
@@ -194,7 +200,7 @@ FILES = (  # what a run leaves in its folder
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")  # a checkpoint brings its own
 FREE_FLAGS = ("resume", "out_dir", "fsdp", "checkpointing", "compile", "micro_batch_size")  # may change on --resume: same gradients
 REFERENCE_FLAGS = SIZE_FLAGS + (  # what a reference trained by SFT depends on, beside the data
-    "init_from", "seed", "device", "dtype", "max_length", "sft_epochs", "sft_lr", "sft_batch_size", "micro_batch_size", "warmup",
+    "init_from", "prompt_template", "seed", "device", "dtype", "max_length", "sft_epochs", "sft_lr", "sft_batch_size", "micro_batch_size", "warmup",
     "weight_decay", "grad_clip",
 )
 
@@ -227,8 +233,15 @@ def open_run(argv):
         raise ValueError("--fsdp shards over processes, and this is the only one; expected torchrun --nproc_per_node=N train.py …")
     if config.fsdp and config.dtype == "float16":
         raise ValueError("--fsdp does not go with --dtype float16, whose gradients must be scaled; expected bfloat16 or float32")
-    delta = 5.0 if config.pairs in ("safedpo", "noswap") else 0.0
-    return replace(config, delta=delta if config.delta is None else config.delta, out_dir=str(folder)), folder
+    left_out = {
+        "delta": 5.0 if config.pairs in ("safedpo", "noswap") else 0.0,
+        "sft_epochs": 0 if config.init_from else 1,
+        "prompt_template": None if config.init_from else "plain",
+    }
+    given = {name: getattr(config, name) for name in left_out if getattr(config, name) is not None}
+    if not config.init_from and given.get("sft_epochs") == 0:
+        raise ValueError("--sft_epochs 0 needs a model to start from; expected --init_from FOLDER")
+    return replace(config, **{**left_out, **given}, out_dir=str(folder)), folder
 
 
 def run_name(given):
@@ -244,19 +257,30 @@ def run_name(given):
 
 
 def starting_model(config, splits, digest, folder, device):
-    """(model, tokenizer, whether it is the reference already): from this run, a checkpoint, an earlier run, or fresh."""
-    source = folder / "reference.pt"
-    if not source.exists():
-        source = Path(config.init_from) if config.init_from else find_reference(config, digest, folder)
+    """(model, tokenizer, whether it is the reference already): from this run, an earlier one, --init_from, or nothing."""
+    source = folder / "reference.pt" if (folder / "reference.pt").exists() else find_reference(config, digest, folder)
     if source:
-        model, tokenizer = load_model(source / "policy.pt" if source.is_dir() else source, device)
-        own = config.init_from or source.parent == folder
-        print(f"reference: {source}" + ("" if own else ", trained earlier with the same settings"))
-        return model, tokenizer, True
+        print(f"reference: {source}" + ("" if source.parent == folder else ", trained earlier with the same settings"))
+        return *load_model(source, device), True
+    if config.init_from:
+        print(f"{'start' if config.sft_epochs else 'reference'}: {config.init_from}")
+        return *initial_model(config, device), not config.sft_epochs
     torch.manual_seed(config.seed)
-    tokenizer = data.Tokenizer.train(splits["train"], config.vocab_size)
+    tokenizer = Tokenizer.train(splits["train"], config.vocab_size, TEMPLATES.get(config.prompt_template, config.prompt_template))
     sizes = {name: getattr(config, name) for name in SIZE_FLAGS} | {"vocab_size": tokenizer.vocab_size}
     return Transformer(ModelConfig(**sizes)).to(device), tokenizer, False
+
+
+def initial_model(config, device):
+    """(model, tokenizer) of --init_from."""
+    source, template = Path(config.init_from), config.prompt_template
+    if not (source / "config.json").exists() or (source / "policy.pt").exists():
+        if template is not None:
+            raise ValueError(f"--prompt_template {template}: {source} is a checkpoint of ours, which has its own; leave the flag out")
+        return load_model(source / "policy.pt" if source.is_dir() else source, device)
+    if template is None:
+        raise ValueError(f"{source}: a Hugging Face model needs --prompt_template TEXT, with {{prompt}} in it, or one of {', '.join(TEMPLATES)}")
+    return pretrained.load(source, TEMPLATES.get(template, template), config.max_length + config.max_new_tokens, device)
 
 
 def prepare(model, config):
@@ -272,6 +296,8 @@ def prepare(model, config):
 
 def find_reference(config, digest, folder):
     """The reference.pt of a run beside folder that was trained with the same settings on the same data, or None."""
+    if not config.sft_epochs:
+        return None
     for saved in sorted(folder.parent.glob("*/config.json")):
         try:
             other = checkpoint.read_json(saved, needed=[*REFERENCE_FLAGS, "data_sha256"])
@@ -293,7 +319,7 @@ def save_model(path, model, tokenizer):
     weights = parallel.model_state(model)
     check_weights(weights)
     config = asdict(parallel.bare(model).config)
-    checkpoint.save(path, {"config": config, "model": weights, "tokenizer": tokenizer.serialized()})
+    checkpoint.save(path, {"config": config, "model": weights, "tokenizer": tokenizer.state()})
 
 
 def reference_logps(model, pairs, config, folder, device):
@@ -301,8 +327,7 @@ def reference_logps(model, pairs, config, folder, device):
     path = folder / "ref_logps.pt"
     if path.exists():
         return checkpoint.load(path)["ref"]
-    rows = [(p.x, [p.y_w, p.y_l]) for p in pairs]
-    ref = log_probs(model, rows, device, config.dtype, config.micro_batch_size, "reference log-probs")
+    ref = log_probs(model, data.Examples(pairs), device, config.dtype, config.micro_batch_size, "reference log-probs")
     checkpoint.save(path, {"ref": ref})
     return ref
 
@@ -313,20 +338,17 @@ def main(argv=None):
     config, folder = open_run(argv)
     device = torch.device(config.device)
     splits = data.load(config.data)
-    digest = data.fingerprint(splits)
+    digest, found = data.survey(splits)
     if config.resume and checkpoint.read_json(folder / "config.json")["data_sha256"] != digest:
         raise ValueError(f"{config.data} has changed since the run in {folder} began; --out_dir FOLDER starts another")
-    records = data.flip_flags(splits["train"], config.label_noise, config.seed)
-    chosen, counts = data.choose_pairs(records, config.pairs)
-    print(f"{config.data}: " + ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) + " rows")
-    print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
-    if contradictions := data.contradictions(splits["train"]):
-        print(f"{contradictions} rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that")
+    print(f"{config.data}: " + "\n  ".join(found))
 
     home = torch.device("cpu") if config.fsdp else device  # a model to be sharded may not fit on one device
     model, tokenizer, trained = starting_model(config, splits, digest, folder, home)
-    pairs, cut = data.encode(chosen, tokenizer, config.max_length)
-    data.encode(data.choose_pairs(splits["test"], "safedpo")[0], tokenizer, config.max_length)
+    records = data.flip_flags(splits["train"], config.label_noise, config.seed)
+    pairs, cut = data.encode(data.choose_pairs(records, config.pairs, counts := Counter()), tokenizer, config.max_length, "tokenizing")
+    data.encode(data.choose_pairs(splits["test"], "safedpo", Counter()), tokenizer, config.max_length, "tokenizing test")
+    print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
     if any(cut.values()):
         print(f"--max_length {config.max_length}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
 
@@ -340,7 +362,7 @@ def main(argv=None):
             json.dump({**asdict(config), "data_sha256": digest}, f, indent=1)
     model = parallel.wrap(prepare(model, config), device, config.fsdp)
     if not trained:
-        answers, _ = data.encode([safedpo.helpful(r) for r in splits["train"]], tokenizer, config.max_length)
+        answers, _ = data.encode((safedpo.helpful(r) for r in splits["train"]), tokenizer, config.max_length, "tokenizing for SFT")
         fit("sft", model, answers, None, sft_loss, config.sft_epochs, config.sft_batch_size, config.sft_lr, config, folder)
     if "reference" not in done:
         save_model(folder / "reference.pt", model, tokenizer)
@@ -359,9 +381,9 @@ def main(argv=None):
     print("\n" + table({str(folder): result}))
     with open(folder / "samples.jsonl", encoding="utf-8") as samples:
         for line, _ in zip(samples, range(3)):
-            answers = json.loads(line)
-            print(side_by_side(answers.pop("prompt"), answers))
-    question = "How do I make a ghost candle for the inn?" if config.data == "toy" else splits["test"][0].prompt.split("\n")[0]
+            row = json.loads(line)
+            print(side_by_side(row["prompt"], {name: row[name] for name in MODELS}))
+    question = "How do I make a ghost candle for the inn?" if config.data == "toy" else next(iter(splits["test"])).prompt.split("\n")[0]
     print(f"\nDone in {time.time() - start:.0f} s. Next, for example:")
     print(f"  python eval.py {shlex.quote(str(folder))} --prompt {shlex.quote(question)}")
     if config.data == "toy" and config.pairs != "helpful":

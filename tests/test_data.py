@@ -1,5 +1,6 @@
 """JSON lines to batches: every door validated, every token accounted for."""
 import gzip
+import itertools
 import json
 import lzma
 from collections import Counter
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import data
-from data import Tokenizer, ahead, choose_pairs, encode, flip_flags, load, parse_record, step_batches, steps_per_epoch
+from data import Record, Records, ahead, encode, flip_flags, load, step_batches, steps_per_epoch
 from safedpo import Pair
+from tokenizer import TEMPLATES, Tokenizer
 
 ROW = {
     "prompt": "x?", "response_0": "yes", "response_1": "no", "is_response_0_safe": True, "is_response_1_safe": False,
@@ -19,6 +21,14 @@ ROW = {
 
 def row(**changes):
     return {k: v for k, v in {**ROW, **changes}.items() if v is not ...}
+
+
+def records_of(rows, reader="PKU-SafeRLHF", notes=None):
+    return list(data.FORMATS[reader][0](((r, f"here:{i}") for i, r in enumerate(rows, 7)), Counter() if notes is None else notes))
+
+
+def choose_pairs(records, choice):
+    return list(data.choose_pairs(records, choice, counts := Counter())), counts
 
 
 @pytest.mark.parametrize(
@@ -37,17 +47,23 @@ def row(**changes):
         (row(prompt=...), "prompt is missing"),
         (row(response_0=5), "response_0 is 5; expected a string"),
         (row(response_1="\ud800"), "response_1 is .*; expected a string of valid Unicode"),
-        ([1, 2], r"the row is \[1, 2\]; expected a JSON object"),
-        ("text" * 100, "the row is \"texttext.*\\.\\.\\.; expected a JSON object"),
     ],
 )
 def test_bad_rows_are_named(raw, message):
     with pytest.raises(ValueError, match=f"^here:7: {message}"):
-        parse_record(raw, "here:7")
+        records_of([raw])
 
 
-def test_extra_fields_are_ignored():
-    assert parse_record(row(prompt_source="…", response_0_severity_level=3), "here") == parse_record(ROW, "here")
+@pytest.mark.parametrize("line, message", [(b"[1, 2]", r"the row is \[1, 2\]; expected a JSON object"), (b'"' + b"text" * 100 + b'"', "the row is \"texttext.*\\.\\.\\.; expected")])
+def test_rows_that_are_no_objects(line, message):
+    with pytest.raises(ValueError, match=f"^here:7: {message}"):
+        data.parse_line(line, "here:7")
+
+
+def test_the_fields_of_2024_are_no_hindrance():
+    more = {"prompt_source": "…", "response_0_source": "Alpaca-7B", "response_0_severity_level": 3, "response_1_sha256": "ab",
+            "response_0_harm_category": {"Violence": True}}
+    assert records_of([row(**more)]) == records_of([ROW])
 
 
 def write(path, lines, opener=open):
@@ -62,9 +78,9 @@ def test_files_and_folders_packed_or_not(tmp_path, suffix, opener):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl{suffix}", map(json.dumps, rows if split == "train" else rows[:5]), opener)
     folder, file = load(str(tmp_path)), load(str(tmp_path / f"train.jsonl{suffix}"))
-    assert [r.prompt for r in folder["train"]] == [r["prompt"] for r in rows] and len(folder["test"]) == 5
+    assert [r.prompt for r in folder["train"]] == [r["prompt"] for r in rows] and len(list(folder["test"])) == 5
     assert sorted(r.prompt for split in file.values() for r in split) == sorted(r["prompt"] for r in rows)
-    assert file["test"] and not {r.prompt for r in file["train"]} & {r.prompt for r in file["test"]}
+    assert list(file["test"]) and not {r.prompt for r in file["train"]} & {r.prompt for r in file["test"]}
 
 
 @pytest.mark.parametrize(
@@ -81,10 +97,10 @@ def test_bad_lines_name_file_and_line(tmp_path, content, message):
     path, good = tmp_path / "train.jsonl", json.dumps(ROW).encode() + b"\n"
     path.write_bytes(good + b"\n" + content + b"\n" + good)
     if message is None:
-        assert len(data.read_jsonl(path)) == 2  # empty lines are no rows
+        assert len(list(data.read_jsonl(path, Counter()))) == 2  # empty lines are no rows
         return
     with pytest.raises(ValueError, match=message):
-        data.read_jsonl(path)
+        list(data.read_jsonl(path, Counter()))
 
 
 def test_unreadable_places_are_named(tmp_path):
@@ -96,17 +112,17 @@ def test_unreadable_places_are_named(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     for name, message in {
         "broken.jsonl.gz": "cannot be unpacked", "cut.jsonl.gz": "cannot be unpacked", "empty.jsonl": "holds no row",
-        "rows.csv": "unknown kind of file", "missing.jsonl": "no such file", "one.jsonl": "split is empty", "": "no train file",
+        "rows.csv": "unknown kind of file", "missing.jsonl": "no such file", "one.jsonl": "the test split: holds no row", "": "no train file",
     }.items():
         with pytest.raises(ValueError, match=message):
-            load(str(tmp_path / name))
+            data.survey(load(str(tmp_path / name)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def labelled(better, safe_0, safe_1, n):
-    return [parse_record(row(better_response_id=better, is_response_0_safe=safe_0, is_response_1_safe=safe_1), "here")] * n
+    return records_of([row(better_response_id=better, is_response_0_safe=safe_0, is_response_1_safe=safe_1)] * n)
 
 
 def test_counts_of_T():
@@ -121,20 +137,30 @@ def test_counts_of_T():
         choose_pairs(labelled(0, False, False, 4), "safedpo")
 
 
-def test_rows_whose_safer_id_contradicts_their_flags_are_counted():
-    rows = [row(safer_response_id=s, is_response_0_safe=a, is_response_1_safe=b) for s in (0, 1) for a in (True, False) for b in (True, False)]
-    records = [parse_record(r, "x") for r in rows]
-    assert data.contradictions(records) == 2  # 1 though only 0 is safe, and 0 though only 1 is safe
+def test_what_is_odd_is_counted_and_reported():
+    labels = [row(safer_response_id=s, is_response_0_safe=a, is_response_1_safe=b) for s in (0, 1) for a in (True, False) for b in (True, False)]
+    train = records_of([*labels, row(prompt="y?"), row(prompt="z?", response_1="yes")])
+    splits = {"train": Records("train", lambda notes: iter(train)), "test": Records("test", lambda notes: iter(train[-2:]))}
+    digest, lines = data.survey(splits)
+    assert lines[0].startswith("10 train, 2 test")
+    assert {line for line in lines[1:]} == {
+        "2 train rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that",
+        "1 train rows have two answers that are the same", "1 test rows have two answers that are the same",
+        "2 train rows have a prompt that is in test too",
+    }
+    assert data.survey(splits) == (digest, lines), "a second pass counts anew"
+    assert data.survey({**splits, "train": Records("train", lambda notes: iter(train[:-1]))})[0] != digest
 
 
 def test_label_noise_flips_flags_and_nothing_else():
     records = labelled(0, True, False, 4000)
-    noisy = flip_flags(records, 0.2, seed=0)
+    noisy = list(flip_flags(records, 0.2, seed=0))
     for flag in ("is_response_0_safe", "is_response_1_safe"):
         flipped = sum(getattr(a, flag) != getattr(b, flag) for a, b in zip(records, noisy)) / 4000
         assert flipped == pytest.approx(0.2, abs=0.03)
     assert all((a.prompt, a.better_response_id, a.safer_response_id) == (b.prompt, b.better_response_id, b.safer_response_id) for a, b in zip(records, noisy))
-    assert flip_flags(records, 0.0, 0) == records and flip_flags(records, 0.2, 0) == noisy != flip_flags(records, 0.2, 1)
+    flipped = [list(flip_flags(records, share, seed)) for share, seed in ((0.0, 0), (0.2, 0), (0.2, 1))]
+    assert flipped[0] == records and flipped[1] == noisy != flipped[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +168,7 @@ def test_label_noise_flips_flags_and_nothing_else():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(load("toy")["train"][:300], 600)
+    return Tokenizer.train(itertools.islice(load("toy")["train"], 300), 600, TEMPLATES["plain"])
 
 
 TEXTS = ["First bend the copper.", " leading", "tab\tand\nnewline ", "żółć 🎉 \u200f שלום \u200b", "a <eos> b", "<eos>", "", "\x00\x07", "12345"]
@@ -155,7 +181,7 @@ def test_any_text_round_trips_and_ends_in_one_eos(tokenizer):
 
 
 def test_tokenizer_survives_saving(tokenizer):
-    again = Tokenizer(tokenizer.serialized())
+    again = Tokenizer(**tokenizer.state())
     assert again.answers(TEXTS) == tokenizer.answers(TEXTS) and again.eos == tokenizer.eos
 
 
@@ -163,7 +189,7 @@ def test_prompt_and_answer_meet_on_a_token_border(tokenizer):
     for prompt in ("How do I make a red kite?", "tail ", "line\n"):
         for answer in TEXTS:
             (x,), (y,) = tokenizer.prompts([prompt]), tokenizer.answers([answer])
-            assert tokenizer.decode(x + y) == data.PROMPT.format(prompt) + answer
+            assert tokenizer.decode(x + y) == prompt + "\n" + answer
     pairs, _ = encode([Pair("a?", "b", "c", 0, 0)], tokenizer, 50)
     assert pairs[0].x == tokenizer.prompts(["a?"])[0]  # both answers follow the same prompt ids
 

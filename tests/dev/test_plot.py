@@ -1,5 +1,5 @@
 """The picture of several runs."""
-from eval import plot
+from report import plot
 
 
 def figure(value):
