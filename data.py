@@ -192,23 +192,21 @@ def _unique(fields):
 class Records:
     """A split: read(notes) gives its records anew in each pass, so that a million of them need no memory.
 
-    notes: what the last whole pass counted. ValueError at the end of a pass that met no record.
+    notes: what the last whole pass counted.
     """
 
     def __init__(self, place, read):
         self.place, self.read, self.notes = place, read, Counter()
 
     def __iter__(self):
-        notes, n = Counter(), 0
-        for n, r in enumerate(self.read(notes), 1):
+        notes = Counter()
+        for r in self.read(notes):
             safe = r.is_response_0_safe, r.is_response_1_safe
             notes["rows have two answers that are the same"] += r.response_0 == r.response_1
             notes["rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that"] += (
                 safe[0] != safe[1] and not safe[r.safer_response_id]
             )
             yield r
-        if not n:
-            raise ValueError(f"{self.place}: holds no row")
         self.notes = notes
 
 
@@ -226,14 +224,13 @@ def load(data):
         for split, found in files.items():
             if not found:
                 raise ValueError(f"{path}: no {split} file; expected {split}.jsonl, {split}.jsonl.gz or {split}.jsonl.xz")
-        return {split: _of_files(found, found[0]) for split, found in files.items()}
+        return {split: _of_files(found, ", ".join(map(str, found))) for split, found in files.items()}
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; --data takes toy, a .jsonl file, or a folder of them")
     held_out = lambda row: hashlib.sha256(json.dumps(row.get("prompt")).encode()).digest()[0] % 10 == 0
-    few = f"{path}: too few prompts to hold some out, or none; the {{}} split"
     return {
-        "train": _of_files([path], few.format("train"), lambda row: not held_out(row)),
-        "test": _of_files([path], few.format("test"), held_out),
+        "train": _of_files([path], f"{path}, its train split by a hash of prompts", lambda row: not held_out(row)),
+        "test": _of_files([path], f"{path}, its test split by a hash of prompts", held_out),
     }
 
 
@@ -259,6 +256,9 @@ def survey(splits):
             if split == "test":
                 tested.add(prompt)
             shared += split == "train" and prompt in tested
+    for split in splits:
+        if not counts[split]:
+            raise ValueError(f"{splits[split].place}: holds no row")
     notes = sum((Counter({(split, what): n for what, n in records.notes.items()}) for split, records in splits.items()), Counter())
     kinds = sorted({what for records in splits.values() for what in records.notes if what.startswith("rows of ")})
     lines = [", ".join(f"{counts[split]} {split}" for split in splits) + " " + (" and ".join(kinds) or "rows")]

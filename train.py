@@ -296,8 +296,8 @@ def prepare(model, config):
 
 def find_reference(config, digest, folder):
     """The reference.pt of a run beside folder that was trained with the same settings on the same data, or None."""
-    if not config.sft_epochs:
-        return None
+    if config.init_from:
+        return None  # what lies there may have changed
     for saved in sorted(folder.parent.glob("*/config.json")):
         try:
             other = checkpoint.read_json(saved, needed=[*REFERENCE_FLAGS, "data_sha256"])

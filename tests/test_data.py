@@ -112,7 +112,7 @@ def test_unreadable_places_are_named(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     for name, message in {
         "broken.jsonl.gz": "cannot be unpacked", "cut.jsonl.gz": "cannot be unpacked", "empty.jsonl": "holds no row",
-        "rows.csv": "unknown kind of file", "missing.jsonl": "no such file", "one.jsonl": "the test split: holds no row", "": "no train file",
+        "rows.csv": "unknown kind of file", "missing.jsonl": "no such file", "one.jsonl": "its test split by a hash of prompts: holds no row", "": "no train file",
     }.items():
         with pytest.raises(ValueError, match=message):
             data.survey(load(str(tmp_path / name)))

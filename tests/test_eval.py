@@ -7,7 +7,8 @@ import torch
 
 import data
 import eval as room
-from eval import Settings, cell, evaluate, is_degenerate, mean, paper_scale, preference_metrics, share, table
+from eval import Settings, evaluate, is_degenerate, mean, preference_metrics, share
+from report import COLUMNS, cell, paper_scale, table
 from safedpo import response_logps
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_a_finished_run_is_judged_without_an_annotator(finished):
     assert result["policy"]["kl"]["value"] != 0 and result["policy"]["n"] == 8
     assert result["reference"]["preferences"]["rewards/margins"] == 0
     text = table({"run": result})
-    assert "need an annotator, and that data has none" in text and "safe-unsafe" in text and "benign" not in text
+    assert "that data has no annotator" in text and "safe-unsafe" in text and "benign" not in text
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and samples[0].keys() == {"prompt", "reference", "policy"}
 
@@ -104,7 +105,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     refused = tokenizer.answers(["I must refuse."] * 4)
     answers = iter([refused, said])
     monkeypatch.setattr(room, "sample_answers", lambda *_: next(answers))
-    result = evaluate(tmp_path, SETTINGS, {"test": records}, source="toy", verbose=False)
+    result = evaluate(tmp_path, SETTINGS, {"test": data.Records("test", lambda notes: iter(records))}, source="toy", verbose=False)
 
     value = lambda model, figure: result[model][figure]["value"]
     expected = {"harmless_ratio": 3 / 4, "harmlessness": 3 / 4, "helpfulness": 4.5 / 4, "over_refusal": 1 / 3, "degenerate": 1 / 4}
@@ -164,7 +165,7 @@ def figure(value):
 def result(pairs, delta, helpfulness, reference=1.0):
     def model(h):
         preferences = {f"{k}/{m}": 0.5 for k in ("safe-safe",) for m in ("logps/accuracies", "rewards/accuracies", "rewards/margins")}
-        judged = {name: figure(0.9) for name, _, _ in room.COLUMNS.values()}
+        judged = {name: figure(0.9) for name, _, _ in COLUMNS.values()}
         return {**judged, "helpfulness": figure(h), "n": 10, "n_benign": 5, "preferences": {**preferences, "safe-safe/pairs": 3}}
 
     return {"policy": model(helpfulness), "reference": model(reference), "run": {"pairs": pairs, "beta": 0.1, "delta": delta}}

@@ -59,7 +59,7 @@ def test_bad_rows_through_the_command(capsys, rows, tmp_path, monkeypatch):
     for content, message in {
         "\n".join([good, "{broken"]): "data.jsonl:2: not valid JSON",
         "\n".join([good, good, unlabelled]): "data.jsonl:3: is_response_0_safe is missing; expected true or false",
-        "": "data.jsonl: holds no row",
+        "": "data.jsonl, its train split by a hash of prompts: holds no row",
         "\n".join([unsafe.replace("How", f"{i} How").replace("Please", f"{i} Please").replace("What", f"{i} What") for i in range(50)]): "no pair is left: --pairs safedpo dropped all",
     }.items():
         (tmp_path / "data.jsonl").write_text(content)

@@ -16,17 +16,21 @@ MAY_IMPORT = {
     "safedpo": set(),
     "model": set(),
     "toy_world": set(),
+    "tokenizer": set(),
     "parallel": set(),
-    "checkpoint": {"parallel"},
+    "report": set(),
     "flags": set(),
-    "data": {"safedpo", "toy_world", "model"},
-    "eval": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "parallel"},
-    "train": {"safedpo", "toy_world", "model", "data", "flags", "checkpoint", "parallel", "eval"},
+    "checkpoint": {"parallel"},
+    "pretrained": {"model", "tokenizer", "checkpoint"},
+    "data": {"safedpo", "toy_world", "model", "parallel"},
+    "eval": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "data", "flags", "checkpoint", "parallel", "report"},
+    "train": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "data", "flags", "checkpoint", "parallel", "report", "eval"},
     "bench": {"safedpo", "model", "data", "flags", "eval", "train"},
 }
 OUTSIDE = {
-    "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "parallel": {"torch"}, "flags": {"torch"},
-    "data": {"torch", "numpy", "tokenizers"}, "eval": {"torch", "tqdm", "matplotlib"}, "train": {"torch", "tqdm"},
+    "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "parallel": {"torch", "tqdm"}, "flags": {"torch"},
+    "tokenizer": {"tokenizers"}, "pretrained": {"torch", "tokenizers", "safetensors"}, "report": {"matplotlib"},
+    "data": {"torch", "numpy"}, "eval": {"torch"}, "train": {"torch", "tqdm"},
     "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")

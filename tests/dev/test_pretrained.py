@@ -7,13 +7,15 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, SHORT
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import eval as eval_room
 import pretrained
-from model import pack_rows
+import train
+from eval import log_probs
 from safedpo import response_logps
 from tokenizer import TEMPLATES
 
@@ -40,7 +42,7 @@ def byte_level(path):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
     fast.save_pretrained(path)
 
 
@@ -141,9 +143,7 @@ def test_configs_of_older_releases_mean_the_same(kind, tmp_path):
 
 
 def test_our_own_models_are_llamas_to_transformers(finished, tmp_path):
-    from eval import load_model
-
-    net, tokenizer = load_model(finished / "policy.pt", CPU)
+    net, tokenizer = eval_room.load_model(finished / "policy.pt", CPU)
     pretrained.export(net, tokenizer, tmp_path / "out")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -189,3 +189,132 @@ def test_bos_is_what_the_tokenizer_file_says(add_bos_token, tmp_path):
     ours, theirs = pretrained.load_tokenizer(tmp_path, "{prompt}"), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in STRANGE:  # transformers 5 gives this class a normalizer of its own, which drops one leading space; ours is the file's
         assert ours.prompts([text.lstrip(" ")]) == [theirs(text.lstrip(" ")).input_ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judges
+
+
+@torch.no_grad()
+def make_judge(path, head="score_head", bias=True, tokenizer="sentencepiece-like"):
+    """A folder as beaver's are, or transformers' sequence classifiers; and what it computes, in plain transformers."""
+    make(path, "llama2", tokenizer=tokenizer)
+    weights = load_file(path / "model.safetensors")
+    weights.pop("lm_head.weight")
+    weights |= {f"{head}.weight": torch.randn(1, 32)} | ({f"{head}.bias": torch.randn(1)} if bias else {})
+    if head == "score_head":
+        weights |= {"normalizer.mean": torch.zeros(1), "normalizer.var": torch.ones(1), "normalizer.count": torch.zeros((), dtype=torch.int64)}
+        change(path, architectures=["LlamaForScore"], score_dim=1, do_normalize=False, bias=bias, score_type="reward")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    peer = transformers.LlamaModel.from_pretrained(path).eval()
+    fast = transformers.AutoTokenizer.from_pretrained(path)
+
+    @torch.no_grad()
+    def score(x, y):
+        ids = fast(x).input_ids + fast(y, add_special_tokens=False).input_ids + [fast.eos_token_id]
+        last = peer(torch.tensor([ids])).last_hidden_state[0, -1]
+        return (last @ weights[f"{head}.weight"][0] + (weights[f"{head}.bias"][0] if bias else 0)).item()
+
+    return score
+
+
+ANSWERS = [("How do I make a red kite?", "First bend the copper."), ("How?", ""), ("How?", "I must refuse. It is too dangerous."), ("Why", "no")]
+
+
+@pytest.mark.parametrize("head, bias", [("score_head", True), ("score_head", False), ("score", False)])
+def test_scores_are_those_of_plain_transformers(head, bias, tmp_path):
+    score = make_judge(tmp_path, head, bias)
+    model, examples = pretrained.load_judge(tmp_path, TEMPLATES["beaver"], ANSWERS, CPU)
+    expected = [score(f"BEGINNING OF CONVERSATION: USER: {x} ASSISTANT:", y) for x, y in ANSWERS]
+    assert max(expected) - min(expected) > 0.1
+    for rows in (1, 2, 64):  # padding and batch mates change nothing
+        assert log_probs(model, examples, CPU, "float32", rows)[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_sequence_classifier_scores_as_transformers_own(tmp_path):
+    make_judge(tmp_path, "score", bias=False)
+    peer = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+    model, examples = pretrained.load_judge(tmp_path, "{prompt}", ANSWERS, CPU)
+    for i, (x, (y,)) in enumerate(examples):
+        with torch.no_grad():
+            expected = peer(torch.tensor([x + y])).logits.item()
+        assert log_probs(model, [examples[i]], CPU, "float32").item() == pytest.approx(expected, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a folder to a folder
+
+
+@pytest.fixture(scope="module")
+def aligned(folder, tmp_path_factory):
+    """(the Hugging Face folder, the run that began there)."""
+    path = tmp_path_factory.mktemp("aligned")
+    make(path / "hf", "qwen2", tokenizer="byte-level")
+    flags = ["--init_from", str(path / "hf"), "--prompt_template", "chatml", "--data", str(folder), "--lr", "0.01", "--beta", "0.1", "--delta", "10"]
+    train.main([*SHORT, *flags, "--out_dir", str(path / "run")])
+    return path / "hf", path / "run"
+
+
+def test_an_exported_run_says_in_transformers_what_eval_printed(aligned, folder, tmp_path):
+    hf, run = aligned
+    eval_room.main([str(run), "--export", str(tmp_path / "out")])
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert fast.chat_template == transformers.AutoTokenizer.from_pretrained(hf).chat_template
+    preferences = json.loads((run / "eval.json").read_text())
+    for name, where in (("reference", hf), ("policy", tmp_path / "out")):
+        peer = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+        chosen, rejected = [], []
+        for row in map(json.loads, (folder / "test.jsonl").open()):
+            ask = fast.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False)
+            safe = row["is_response_0_safe"], row["is_response_1_safe"]
+            winner = row["better_response_id"] if all(safe) else safe.index(True) if any(safe) else None
+            if winner is None:
+                continue
+            for side, i in ((chosen, winner), (rejected, 1 - winner)):
+                x, y = fast(ask, add_special_tokens=False).input_ids, fast(row[f"response_{i}"]).input_ids + [fast.eos_token_id]
+                mask = torch.arange(len(x + y))[None] >= len(x)
+                with torch.no_grad():
+                    side.append(response_logps(peer(torch.tensor([x + y])).logits, torch.tensor([x + y]), mask).item())
+        found = preferences[name]["preferences"]
+        assert found["logps/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-5)
+        assert found["logps/rejected"] == pytest.approx(sum(rejected) / len(rejected), rel=1e-5)
+    assert found["rewards/margins"] > 0.1, "the policy is no longer the reference"
+
+
+def test_sft_from_a_folder_makes_a_reference_of_its_own(aligned, folder, tmp_path):
+    hf, run = aligned
+    flags = ["--init_from", str(hf), "--prompt_template", "chatml", "--data", str(folder), "--sft_epochs", "1", "--sft_lr", "1e-3"]
+    train.main([*SHORT, *flags, "--out_dir", str(tmp_path / "run")])
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert stages[0] == "sft" and stages[-1] == "safedpo"
+    start, reference = (eval_room.load_model(r / "reference.pt", CPU)[0].head.weight for r in (run, tmp_path / "run"))
+    assert not torch.equal(start, reference)
+    train.main([*SHORT, "--init_from", str(tmp_path / "run"), "--data", str(folder), "--out_dir", str(tmp_path / "next")])
+    tokenizer = eval_room.load_model(tmp_path / "next" / "policy.pt", CPU)[1]
+    assert tokenizer.template == TEMPLATES["chatml"] and "tokenizer_config.json" in tokenizer.files, "both stay with the run"
+
+
+def test_judges_bring_the_papers_figures(aligned, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(aligned[1], run)
+    scores = {kind: make_judge(tmp_path / kind, bias=kind == "cost") for kind in ("reward", "cost")}
+    eval_room.main([str(run), "--reward_model", str(tmp_path / "reward"), "--cost_model", str(tmp_path / "cost"), "--device", "cpu"])
+    rows = [json.loads(line) for line in (run / "samples.jsonl").open()]
+    result, ask = json.loads((run / "eval.json").read_text()), TEMPLATES["beaver"].replace
+    for name in ("reference", "policy"):
+        for kind, score in scores.items():
+            assert [r[f"{name}_{kind}"] for r in rows] == pytest.approx([score(ask("{prompt}", r["prompt"]), r[name]) for r in rows], abs=1e-4)
+        costs = [r[f"{name}_cost"] for r in rows]
+        assert result[name]["harmlessness"]["value"] == pytest.approx(-sum(costs) / 8)
+        assert result[name]["harmless_ratio"]["value"] == sum(c <= 0 for c in costs) / 8
+        assert result[name]["helpfulness"]["value"] == pytest.approx(sum(r[f"{name}_reward"] for r in rows) / 8)
+    shown = capsys.readouterr().out
+    assert f"{result['policy']['helpfulness']['value']:.2f} ±" in shown
+    eval_room.main([str(run), "--device", "cpu"])
+    assert capsys.readouterr().out == shown, "the scores stay with the run"
+    # the same from a file that was scored elsewhere
+    other = tmp_path / "other"
+    shutil.copytree(aligned[1], other)
+    eval_room.main([str(other), "--scores", str(run / "samples.jsonl"), "--device", "cpu"])
+    again = json.loads((other / "eval.json").read_text())
+    assert all(again[name] == result[name] for name in ("reference", "policy"))
