@@ -290,8 +290,6 @@ def finished_run(folder):
 
 def judge(results, config):
     """Put scores of reward and cost models, or of a file, on the answers of {folder: result}: in place, and in its files."""
-    if any(result["settings"]["data"] == "toy" for result in results.values()):
-        raise ValueError("the village has exact annotators; --reward_model, --cost_model and --scores are for other data")
     samples = {folder: [row for row, _ in data.read_rows(files(folder, result["settings"])[1])] for folder, result in results.items()}
     rows = [row for part in samples.values() for row in part]
     if config.scores:
@@ -367,7 +365,7 @@ def main(argv=None):
         pyplot()  # before the work, not after it
     for folder in filter(None, (config.reward_model, config.cost_model)):
         checkpoint.read_json(Path(folder) / "config.json")
-    results = {}
+    results, judging = {}, config.reward_model or config.cost_model or config.scores
     for folder in config.runs:
         try:
             own = finished_run(folder)
@@ -376,11 +374,13 @@ def main(argv=None):
                 raise
             print(f"left out: {e}", file=sys.stderr)  # runs/* also names runs that were stopped
             continue
+        if judging and (config.data or own["data"]) == "toy":
+            raise ValueError("the village has exact annotators; --reward_model, --cost_model and --scores are for other data")
         settings = Config(**{name: own[name] for name in SAMPLING} | given)
         results[folder] = evaluate(folder, settings, source=config.data, split=config.split)
     if not results:
         raise ValueError("none of the folders holds a finished run")
-    if config.reward_model or config.cost_model or config.scores:
+    if judging:
         judge(results, config)
     print(table(results))
     if config.json:

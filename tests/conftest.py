@@ -7,6 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import flags  # noqa: E402
 import toy_world  # noqa: E402
 import train  # noqa: E402
 
@@ -34,3 +35,13 @@ def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "delta5"
     train.main([*TINY, "--data", str(folder), "--delta", "5", "--out_dir", str(out)])
     return out
+
+
+def complaint(main, argv, capsys):
+    """The one line that a command ends with; its exit code is 2."""
+    with pytest.raises(SystemExit) as end:
+        flags.run(lambda: main(argv))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: " in error
+    return error

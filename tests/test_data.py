@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import lzma
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -116,6 +117,93 @@ def test_unreadable_places_are_named(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             data.survey(load(str(tmp_path / name)))
+
+
+def chat(role, text):
+    return [{"role": role, "content": text}]
+
+
+def test_preference_pairs_in_every_spelling_are_the_same_records():
+    for safe in ((True, True), (True, False), (False, True), (False, False)):
+        expected = [Record("x?", "yes", "no", *safe, 0, int(safe == (False, True)))]
+        for word in ("safe", "unsafe"):
+            labels = {f"{side}_{word}": s == (word == "safe") for side, s in zip(("chosen", "rejected"), safe)}
+            for x, y_w, y_l in (("x?", "yes", "no"), (chat("user", "x?"), chat("assistant", "yes"), chat("assistant", "no"))):
+                row = {"prompt": x, "chosen": y_w, "rejected": y_l, **labels, "score_chosen": 3}
+                assert data.recognise(row, "here") == "preference pairs" and records_of([row], "preference pairs") == expected
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (dict(chosen_unsafe=True, rejected_unsafe=None), "rejected_unsafe is null; expected true or false"),
+        (dict(chosen_unsafe=True), "rejected_unsafe is missing; expected true or false"),
+        (dict(rejected_safe=True), "chosen_safe is missing; expected true or false"),
+        (dict(chosen_safe=1, rejected_safe=True), "chosen_safe is 1; expected true or false"),
+        (dict(chosen_unsafe=True, rejected_unsafe=True, chosen_safe=True), "both kinds of labels; expected chosen_unsafe and rejected_unsafe, or"),
+        (dict(chosen=chat("user", "x"), chosen_safe=True, rejected_safe=True), "chosen is .*; expected a string or a list of one message whose role is assistant"),
+        (dict(prompt=chat("user", "x") * 2, chosen_safe=True, rejected_safe=True), "prompt is .*; expected a string or a list of one message whose role is user"),
+        (dict(prompt=chat("user", None), chosen_safe=True, rejected_safe=True), "prompt is null; expected a string"),
+        (dict(prompt=[], chosen_safe=True, rejected_safe=True), r"prompt is \[\]; expected a string or a list of one message"),
+    ],
+)
+def test_bad_preference_pairs_are_named(raw, message):
+    with pytest.raises(ValueError, match=f"^here:7: {message}"):
+        records_of([{"prompt": "x?", "chosen": "yes", "rejected": "no", **raw}], "preference pairs")
+
+
+def test_single_answers_are_paired_with_those_of_the_other_kind():
+    rows = [("a", "a1", True), ("b", "b1", False), ("a", "a2", True), ("a", "a3", False), ("b", "b2", True), ("a", "a4", False), ("a", "a5", False), ("c", "c1", True)]
+    notes = Counter()
+    records = records_of([{"prompt": x, "response": y, "is_safe": safe, "category": {}} for x, y, safe in rows], "BeaverTails", notes)
+    assert records == [
+        Record("a", "a1", "a3", True, False, 0, 0), Record("b", "b1", "b2", False, True, 1, 1), Record("a", "a2", "a4", True, False, 0, 0),
+    ]
+    assert notes == {
+        "pairs are made of single answers; the safe one counts as the better one": 3,
+        "single answers stay unpaired: no answer of the other kind to the same prompt": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (("prompt", "response_0", "response_1", "better_response_id"), "PKU-SafeRLHF without safety labels; each row needs is_response_0_safe and is_response_1_safe, true or false"),
+        (("prompt", "chosen", "rejected"), "preference pairs without safety labels; each row needs chosen_unsafe and rejected_unsafe, true or false"),
+        (("prompt", "response", "category"), "BeaverTails without safety labels; each row needs is_safe, true or false"),
+        (("instruction", "output"), 'the fields are .*"instruction", "output".*; expected prompt, and response_0 and response_1; chosen and rejected; response'),
+    ],
+)
+def test_data_without_labels_is_refused_by_what_it_lacks(fields, message, tmp_path):
+    path = write(tmp_path / "train.jsonl", [json.dumps(dict.fromkeys(fields, "text"))])
+    with pytest.raises(ValueError, match=f"train.jsonl:1: {message}"):
+        list(data.read_jsonl(path, Counter()))
+
+
+def test_formats_are_told_and_may_differ_between_files(tmp_path):
+    trl = {"prompt": "y?", "chosen": "yes", "rejected": "no", "chosen_safe": True, "rejected_safe": False}
+    write(tmp_path / "test.jsonl", [json.dumps(ROW)])
+    (tmp_path / "deeper").mkdir()
+    write(tmp_path / "deeper" / "train.jsonl", [json.dumps(trl)] * 3)
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / ".cache" / "train.jsonl", ["no JSON"])
+    assert data.survey(load(str(tmp_path)))[1] == ["3 train, 1 test rows of PKU-SafeRLHF and rows of preference pairs"]
+
+
+def test_records_stream_and_tokens_lie_in_a_file(tmp_path, monkeypatch):
+    """Tokenizing a file takes no memory that grows with it, but for 26 bytes a pair."""
+    monkeypatch.setattr(data, "AT_ONCE", 100)
+    path, n = tmp_path / "train.jsonl", 10000
+    write(path, (json.dumps(row(prompt=f"prompt {i} " + "word " * 100)) for i in range(n)))
+    tokenizer = Tokenizer.train(records_of([ROW]), 300, TEMPLATES["plain"])
+    tracemalloc.start()
+    records = Records("train", lambda notes: data.read_jsonl(path, notes))
+    pairs, _ = encode(data.choose_pairs(records, "safedpo", Counter()), tokenizer, 1000)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pairs) == n and path.stat().st_size > 6e6 and pairs.tokens.nbytes > 10e6
+    assert held < 50 * n and peak < 3e6 + 50 * n
+    assert pairs[n - 1].x == tokenizer.prompts([f"prompt {n - 1} " + "word " * 100])[0] and pairs[0].h_l == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,21 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import SHORT, ROOT, TINY
+from conftest import ROOT, SHORT, TINY, complaint
 
 import eval as eval_room
-import flags
 import train
-
-
-def complaint(main, argv, capsys):
-    """The one line that a command ends with; its exit code is 2."""
-    with pytest.raises(SystemExit) as end:
-        flags.run(lambda: main(argv))
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "error: " in error
-    return error
 
 
 @pytest.mark.parametrize(
@@ -43,6 +32,9 @@ def complaint(main, argv, capsys):
         (["--n_head", "3"], "d_model 128 must be n_head 3 times an even head size"),
         (["--n_kv_head", "3"], "n_head 4 must be a multiple of n_kv_head 3"),
         (["--resume"], "holds no run to resume"),
+        (["--sft_epochs", "0"], "--sft_epochs 0 needs a model to start from; expected --init_from FOLDER"),
+        (["--init_from", "."], "--init_from .: no policy.pt and no config.json; expected a run of ours or a Hugging Face model"),
+        (["--prompt_template", "Q:"], "--prompt_template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, llama3"),
     ],
 )
 def test_flags(argv, message, capsys, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHORT
+from conftest import ROOT, SHORT, TINY, complaint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -318,3 +318,221 @@ def test_judges_bring_the_papers_figures(aligned, tmp_path, capsys):
     eval_room.main([str(other), "--scores", str(run / "samples.jsonl"), "--device", "cpu"])
     again = json.loads((other / "eval.json").read_text())
     assert all(again[name] == result[name] for name in ("reference", "policy"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+MEASURE = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import pretrained, flags
+flags.tune_cpu()
+pretrained.load({small!r}, "{{prompt}}", 64, torch.device("cpu"))  # what libraries take once is no part of it
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+model, _ = pretrained.load({path!r}, "{{prompt}}", 64, torch.device("cpu"))
+print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loading_holds_one_copy(dtype, tmp_path):
+    make(tmp_path / "small")
+    make(tmp_path / "large", "llama2", dtype, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
+    script = MEASURE.format(root=str(ROOT), small=str(tmp_path / "small"), path=str(tmp_path / "large"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 1.15, done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, each in one line that names the place
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    make(path / "hf")
+    make(path / "tied", "qwen2")
+    make_judge(path / "judge")
+    return path
+
+
+def weights(change):
+    """A change of the folder's tensors."""
+
+    def apply(path):
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def config(**changes):
+    return lambda path: change(path, **changes)
+
+
+def rope(**changes):
+    return config(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0, **changes})
+
+
+def index(**places):
+    """The folder with an index that says so."""
+
+    def apply(path):
+        with pretrained.library().safe_open(path / "model.safetensors", "pt") as f:
+            files = {name: places.get("file", "model.safetensors") for name in f.keys()}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places.get("weight_map", files)}))
+
+    return apply
+
+
+def pickles(path):
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+def cut(path):
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+NORM = "model.norm.weight"
+REFUSED = {
+    "another architecture": (config(model_type="gpt2"), "config.json: model_type is 'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
+    "another activation": (config(hidden_act="gelu"), "config.json: hidden_act is gelu; expected silu"),
+    "biases": (config(attention_bias=True), "config.json: attention_bias is True; expected False"),
+    "biases of the MLP": (config(mlp_bias=True), "config.json: mlp_bias is True; expected False"),
+    "quantized": (config(quantization_config={"bits": 4}), "config.json: quantization_config is {'bits': 4}; expected None"),
+    "a short window": (config(model_type="mistral", sliding_window=64), "config.json: sliding_window is 64, and rows have up to 524 tokens"),
+    "chunks": (config(layer_types=["chunked_attention"] * 2), "config.json: layer_types has chunked_attention; expected full_attention"),
+    "yarn": (rope(rope_type="yarn"), "config.json: the type of rotary scaling is 'yarn'; expected one of default, linear, llama3"),
+    "old name of a type": (config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "the type of rotary scaling is 'dynamic'"),
+    "no factor": (rope(factor=None), "config.json: factor of its rotary positions is None; expected a number above 0"),
+    "half rotary": (rope(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
+    "half rotary, older": (config(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
+    "no size": (config(hidden_size=...), "config.json: hidden_size is None; expected a number above 0"),
+    "a size that is none": (config(hidden_size="32"), "config.json: hidden_size is '32'; expected a number above 0"),
+    "odd heads": (config(num_attention_heads=5), "must be n_head 5 times an even head size"),
+    "no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "holds no weights; expected model.safetensors, or several and their index"),
+    "pickles": (pickles, "its weights are pickles (pytorch_model.bin), and reading a pickle can run code. Where you trust it, this writes them"),
+    "half a file": (cut, "model.safetensors: cannot be read as safetensors"),
+    "a shard is missing": (index(file="model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors: cannot be read as safetensors"),
+    "an index that leads out": (index(file="../hf/model.safetensors"), "is '../hf/model.safetensors'; expected the name of a file in the same folder"),
+    "an index of nothing": (index(weight_map=["a"]), "weight_map is \"['a']\"; expected the name of a file in the same folder"),
+    "a weight too many": (weights(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})), "q_proj.bias has no place in this transformer"),
+    "a weight too few": (weights(lambda t: t.pop(NORM)), f"{NORM} is missing from the weights"),
+    "another shape": (weights(lambda t: t.update({NORM: torch.zeros(3)})), f"{NORM} is (3,) of torch.float32; expected (32,) of float32, bfloat16 or float16"),
+    "another type": (weights(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), f"{NORM} is (32,) of torch.int8; expected (32,)"),
+    "a larger tokenizer": (config(vocab_size=300), "tokenizer.json has ids up to "),
+    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json: no such file; where there is a tokenizer.model, this makes one: python -c"),
+    "half a tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be read"),
+    "no EOS": (lambda path: change(path, "tokenizer_config.json", eos_token=None), "tokenizer_config.json: eos_token is None; expected one of the tokenizer's tokens"),
+    "another EOS": (lambda path: change(path, "tokenizer_config.json", eos_token="</s>"), "eos_token is '</s>'; expected one of the tokenizer's tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_name(kind, whole, folder, tmp_path, capsys):
+    spoil, message = REFUSED[kind]
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    spoil(tmp_path / "hf")
+    flags = ["--init_from", str(tmp_path / "hf"), "--prompt_template", "{prompt}", "--data", str(folder), "--out_dir", str(tmp_path / "out")]
+    error = complaint(train.main, [*SHORT, *flags], capsys)
+    assert message in error and str(tmp_path) in error or kind == "odd heads"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_tied_and_is_not(whole, tmp_path):
+    shutil.copytree(whole / "tied", tmp_path / "hf")
+    same = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
+    weights(lambda t: t.update({"lm_head.weight": same.clone()}))(tmp_path / "hf")
+    pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+    weights(lambda t: t.update({"lm_head.weight": same + 1}))(tmp_path / "hf")
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding, though config.json says tie_word_embeddings"):
+        pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+
+
+def test_the_command_for_pickles_converts_them(whole, tmp_path, capsys):
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    pickles(tmp_path / "hf")
+    with pytest.raises(ValueError) as error:
+        pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+    command = str(error.value).split("safetensors: ", 1)[1]
+    subprocess.run(command.replace("python -c", f"{sys.executable} -c"), shell=True, check=True)
+    net, _ = pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+    before, _ = pretrained.load(whole / "hf", "{prompt}", 64, CPU)
+    assert all(map(torch.equal, net.parameters(), before.parameters()))
+
+
+def test_templates_and_flags_that_do_not_fit(whole, folder, finished, tmp_path, capsys):
+    sentencepiece_like(tmp_path / "hf")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(whole / "hf" / name, tmp_path / "hf")
+    for flags, message in {
+        ("--init_from", tmp_path / "hf"): "a Hugging Face model needs --prompt_template TEXT, with {prompt} in it, or one of plain, beaver",
+        ("--init_from", tmp_path / "hf", "--prompt_template", "Q: A:"): "--prompt_template 'Q: A:': expected {prompt} in it once",
+        ("--init_from", tmp_path / "hf", "--prompt_template", "<s>[INST] {prompt}"): "begins with what this tokenizer puts before each text; leave it out",
+        ("--init_from", tmp_path / "hf", "--prompt_template", "plain", "--d_model", "32"): "--d_model 32: --init_from",
+        ("--init_from", finished, "--prompt_template", "plain"): "is a checkpoint of ours, which has its own; leave the flag out",
+    }.items():
+        argv = [*SHORT, *map(str, flags), "--data", str(folder), "--out_dir", str(tmp_path / "out")]
+        assert message in complaint(train.main, argv, capsys)
+
+
+def test_without_the_library_it_says_what_to_install(whole, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    flags = ["--init_from", str(whole / "hf"), "--prompt_template", "plain", "--data", str(folder), "--out_dir", str(tmp_path / "out")]
+    assert "Hugging Face folders need safetensors: pip install safetensors" in complaint(train.main, [*SHORT, *flags], capsys)
+
+
+def test_exports_that_are_refused(finished, tmp_path, capsys):
+    assert "exists already; expected the name of a new folder" in complaint(eval_room.main, [str(finished), "--export", str(tmp_path)], capsys)
+    argv = [str(finished), str(finished), "--export", str(tmp_path / "out")]
+    assert "--export writes one policy; expected one folder of a run" in complaint(eval_room.main, argv, capsys)
+    assert "holds no finished run" in complaint(eval_room.main, [str(tmp_path), "--export", str(tmp_path / "out")], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+JUDGES = {
+    "no head": (weights(lambda t: t.pop("score_head.weight")), "no score_head.weight and no score.weight among its weights; expected a score model"),
+    "normalized": (config(do_normalize=True), "its scores are normalized, or several; expected one score, do_normalize false"),
+    "several scores": (config(score_dim=2), "its scores are normalized, or several"),
+    "two rows": (weights(lambda t: t.update({"score_head.weight": torch.zeros(2, 32)})), "score_head.weight is (2, 32) of torch.float32; expected (1, 32)"),
+    "no number": (weights(lambda t: t["score_head.bias"].fill_(torch.nan)), "a score is no number"),
+    "no folder": (shutil.rmtree, "No such file or directory"),
+    "another architecture": (config(model_type="bert"), "model_type is 'bert'"),
+}
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+def test_judges_that_are_refused(kind, whole, aligned, tmp_path, capsys):
+    spoil, message = JUDGES[kind]
+    shutil.copytree(whole / "judge", tmp_path / "judge")
+    spoil(tmp_path / "judge")
+    before = {p: p.read_bytes() for p in aligned[1].iterdir()}
+    argv = [str(aligned[1]), "--cost_model", str(tmp_path / "judge"), "--device", "cpu"]
+    assert message in complaint(eval_room.main, argv, capsys)
+    assert {p: p.read_bytes() for p in aligned[1].iterdir()} == before
+
+
+def test_scores_that_are_refused(aligned, tmp_path, capsys):
+    run, path = aligned[1], tmp_path / "scores.jsonl"
+    rows = [json.loads(line) for line in (run / "samples.jsonl").open()]
+    scored = [{**row, "policy_cost": i} for i, row in enumerate(rows)]
+    for bad, message in (
+        (rows, "scores.jsonl: no score in it; expected the rows of samples.jsonl with some of reference_reward"),
+        (scored[1:], "with the run's answers is missing; expected the rows of samples.jsonl"),
+        ([*scored[:-1], {**scored[-1], "policy_cost": "1"}], 'scores.jsonl:8: policy_cost is "1"; expected a finite number'),
+        ([*scored[:-1], rows[-1]], "scores.jsonl:8: policy_cost is missing; expected a finite number"),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+        assert message in complaint(eval_room.main, [str(run), "--scores", str(path), "--device", "cpu"], capsys)
+    argv = [str(run), "--scores", str(path), "--data", "toy", "--device", "cpu"]
+    assert "the village has exact annotators" in complaint(eval_room.main, argv, capsys)
