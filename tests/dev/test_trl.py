@@ -1,8 +1,11 @@
 """The same weights and pairs through TRL's DPOTrainer: the same loss, gradient norm and weights, step after step."""
+import math
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import ROOT
 from test_peers import EOS, both, copy_weights
 
 import bench
@@ -57,3 +60,20 @@ def test_five_steps_equal_trls(delta):
     copy_weights(peer, expected)
     for (name, a), b in zip(net.named_parameters(), expected.parameters()):
         assert (a - b).norm() <= 1e-4 * b.norm(), name
+
+
+def test_the_readmes_block_trains_with_delta(folder, tmp_path, monkeypatch):
+    """SafeDPO in TRL as README.md has it: at the first step ln 2 on safe-safe pairs and softplus(Δ) on safe-unsafe ones."""
+    from test_pretrained import make
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make(tmp_path / "hf", "qwen2")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "DPOTrainer" in b]
+    small = f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False, max_steps=1, logging_steps=1, per_device_train_batch_size=96, report_to='none', "
+    names = {"model": AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "hf")}
+    exec(block.replace("PKU-SafeRLHF-30K", str(folder)).replace("DPOConfig(b", f"DPOConfig({small}b"), names)
+    margins = [row["shift"] * names["beta"] for row in names["rows"]]
+    assert set(margins) == {0.0, 10.0}
+    expected = sum(math.log1p(math.exp(margin)) for margin in margins) / len(margins)
+    assert names["trainer"].state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
