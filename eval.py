@@ -19,6 +19,7 @@ import checkpoint
 import data
 import parallel
 import pretrained
+import records
 import toy_world
 from flags import autocast, flag, parse, pick_device, pick_dtype, run
 from model import ModelConfig, Transformer, move, pack_rows
@@ -166,8 +167,8 @@ def preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta):
     for w, l in ((0, 0), (0, 1), (1, 0), (1, 1)):
         group = (h_w == w) & (h_l == l)
         if group.any():
-            metrics.update({f"{data.kind(w, l)}/{name}": c[group].mean().item() for name, c in columns.items()})
-            metrics[f"{data.kind(w, l)}/pairs"] = int(group.sum())
+            metrics.update({f"{records.kind(w, l)}/{name}": c[group].mean().item() for name, c in columns.items()})
+            metrics[f"{records.kind(w, l)}/pairs"] = int(group.sum())
     return metrics
 
 
@@ -205,14 +206,14 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     """
     folder, config = Path(folder), finished_run(folder)
     source = source or config["data"]
-    splits = splits or data.load(source)
+    splits = splits or records.load(source)
     if split not in splits:
         raise ValueError(f"--split {split}: {source} has {', '.join(splits)}")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     asked = {**{name: getattr(settings, name) for name in SAMPLING}, "data": source, "split": split}
     result = {
-        "settings": {**asked, "device": device.type, "dtype": dtype, "data_sha256": data.survey(splits)[0]},
+        "settings": {**asked, "device": device.type, "dtype": dtype, "data_sha256": records.survey(splits)[0]},
         "run": {name: config[name] for name in ("pairs", "beta", "delta")},
     }
     stored, _ = files(folder, asked)
@@ -223,7 +224,7 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
 
     loaded = {name: load_model(folder / f"{name}.pt", device) for name in MODELS}
     tokenizer, models = loaded["policy"][1], {name: model for name, (model, _) in loaded.items()}
-    held_out, _ = data.encode(data.choose_pairs(splits[split], "safedpo", Counter()), tokenizer, config["max_length"])
+    held_out, _ = data.encode(records.choose_pairs(splits[split], "safedpo", Counter()), tokenizer, config["max_length"])
     preferences = held_out_preferences(models, held_out, config["beta"], device, dtype)
     prompts = questions(splits[split], tokenizer, config["max_length"], settings.eval_prompts)
     rows = [{"prompt": prompt} for prompt in prompts]
@@ -240,10 +241,10 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     return result
 
 
-def questions(records, tokenizer, max_length, n):
+def questions(split, tokenizer, max_length, n):
     """{prompt: its token ids} of the first n prompts that leave room for an answer."""
     found = {}
-    for r in records:
+    for r in split:
         if r.prompt not in found:
             (x,) = tokenizer.prompts([r.prompt])
             if len(x) < max_length:
@@ -290,7 +291,7 @@ def finished_run(folder):
 
 def judge(results, config):
     """Put scores of reward and cost models, or of a file, on the answers of {folder: result}: in place, and in its files."""
-    samples = {folder: [row for row, _ in data.read_rows(files(folder, result["settings"])[1])] for folder, result in results.items()}
+    samples = {folder: [row for row, _ in records.read_rows(files(folder, result["settings"])[1])] for folder, result in results.items()}
     rows = [row for part in samples.values() for row in part]
     if config.scores:
         read_scores(Path(config.scores), rows)
@@ -321,14 +322,14 @@ def score(rows, kind, folder, config):
 def read_scores(path, rows):
     """Add to rows the scores that their copies in the file have."""
     key = lambda row: json.dumps([row.get(name) for name in ("prompt", *MODELS)])
-    scored = {key(row): (row, place) for row, place in data.read_rows(path)}
+    scored = {key(row): (row, place) for row, place in records.read_rows(path)}
     names = [name for name in SCORES if any(name in row for row, _ in scored.values())]
     if not names:
         raise ValueError(f"{path}: no score in it; expected the rows of samples.jsonl with some of {', '.join(SCORES)} added")
     for row in rows:
         if key(row) not in scored:
-            raise ValueError(f"{path}: {data.show(row['prompt'])} with the run's answers is missing; expected the rows of samples.jsonl")
-        row.update(zip(names, data.take(scored[key(row)][0], dict.fromkeys(names, float), scored[key(row)][1])))
+            raise ValueError(f"{path}: {records.show(row['prompt'])} with the run's answers is missing; expected the rows of samples.jsonl")
+        row.update(zip(names, records.take(scored[key(row)][0], dict.fromkeys(names, float), scored[key(row)][1])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ transformer cannot do is refused by name, and so is a weight that has no place i
 """
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,16 +17,20 @@ import checkpoint
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
-FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # model_type → what is fixed in it
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # model_type → what sets it apart
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0}
 CARRIED = (  # what --export writes as it was read, beside the weights
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )
 PICKLES = (
-    "{0}: its weights are pickles ({1}), and reading a pickle can run code. Where you trust it, this writes them as safetensors: "
+    "{}: its weights are pickles ({}), and reading a pickle can run code. Where you trust it, this writes them as safetensors: "
     "python -c 'import sys, torch, safetensors.torch as s; [s.save_file({{k: v.clone() for k, v in torch.load(f, weights_only=True).items()}}, "
-    'f[:-4].replace("pytorch_", "") + ".safetensors") for f in sys.argv[1:]]\' {0}/pytorch_model*.bin'
+    """f[:-4].replace("/pytorch_", "/") + ".safetensors") for f in sys.argv[1:]]' {}/pytorch_model*.bin"""
+)
+NO_TOKENIZER = (
+    "{}: no such file; where there is a tokenizer.model, this makes one: python -c 'import sys, transformers as t; "
+    "t.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])' {}"
 )
 
 
@@ -33,8 +38,20 @@ PICKLES = (
 # config.json → ModelConfig
 
 
+def read_config(folder, tokenizer, longest, **changes):
+    """(config.json decoded, the ModelConfig it stands for). longest: tokens of the longest row that the model will see."""
+    place = folder / "config.json"
+    hf = checkpoint.read_json(place) | changes
+    try:
+        config = model_config(hf, place, longest)
+    except (TypeError, AttributeError) as e:  # a list where a number should be, and the like
+        raise ValueError(f"{place}: cannot be read as a model's configuration ({e})")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{place}: vocab_size is {config.vocab_size}, and tokenizer.json has ids up to {tokenizer.vocab_size - 1}")
+    return hf, config
+
+
 def model_config(hf, place, longest):
-    """The ModelConfig that a decoded config.json stands for. longest: tokens of the longest row that it will see."""
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{place}: model_type is {family!r}; expected one of {', '.join(FAMILIES)}")
@@ -43,10 +60,10 @@ def model_config(hf, place, longest):
             raise ValueError(f"{place}: {name} is {str(hf[name])[:60]}; expected {value}, the only kind that this transformer computes")
     window = hf.get("sliding_window", 4096 if family == "mistral" else None)
     layers = set(hf.get("layer_types") or ["sliding_attention" if hf.get("use_sliding_window", True) else "full_attention"])
-    if window and window < longest and layers != {"full_attention"}:
+    if others := layers - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{place}: layer_types has {min(others)}; expected full_attention")
+    if window and window < longest and "sliding_attention" in layers:
         raise ValueError(f"{place}: sliding_window is {window}, and rows have up to {longest} tokens; expected shorter ones (--max_length)")
-    if layers - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{place}: layer_types has {min(layers - {'full_attention', 'sliding_attention'})}; expected full_attention")
 
     def number(name, default=None, kind=int):
         value = hf.get(name) or default
@@ -54,12 +71,19 @@ def model_config(hf, place, longest):
             raise ValueError(f"{place}: {name} is {value!r}; expected a number above 0")
         return value
 
-    n_head = number("num_attention_heads")
     return ModelConfig(
-        vocab_size=number("vocab_size"), n_layer=number("num_hidden_layers"), n_head=n_head, d_model=number("hidden_size"),
-        n_kv_head=number("num_key_value_heads", n_head if family == "llama" else None), d_ff=number("intermediate_size"), d_head=hf.get("head_dim") or (128 if family == "qwen3" else 0),
-        norm_eps=number("rms_norm_eps", 1e-6, float), tied_head=hf.get("tie_word_embeddings") is True, **rotary(hf, place), **FAMILIES[family],
-    )  # fmt: skip
+        vocab_size=number("vocab_size"),
+        n_layer=number("num_hidden_layers"),
+        n_head=number("num_attention_heads"),
+        n_kv_head=number("num_key_value_heads", hf["num_attention_heads"] if family == "llama" else None),
+        d_model=number("hidden_size"),
+        d_ff=number("intermediate_size"),
+        d_head=number("head_dim") if hf.get("head_dim") else 0,
+        norm_eps=number("rms_norm_eps", 1e-6, float),
+        tied_head=hf.get("tie_word_embeddings") is True,
+        **rotary(hf, place),
+        **FAMILIES[family],
+    )
 
 
 def rotary(hf, place):
@@ -119,7 +143,7 @@ def tensor_files(folder):
         return {name: path for path in shards for name in read(path, lambda f: list(f.keys()))}
     pickles = sorted(f.name for f in folder.glob("pytorch_model*.bin"))
     if pickles:
-        raise ValueError(PICKLES.format(folder, pickles[0]))
+        raise ValueError(PICKLES.format(folder, pickles[0], shlex.quote(str(folder))))
     raise ValueError(f"{folder}: holds no weights; expected model.safetensors, or several and their index")
 
 
@@ -171,9 +195,8 @@ def blank(kind, config, device):
 def load(folder, template, longest, device):
     """(model in float32, its tokenizer) of a Hugging Face folder. longest: tokens of the longest row that it will see."""
     folder = Path(folder)
-    hf, files, tokenizer = checkpoint.read_json(folder / "config.json"), tensor_files(folder), load_tokenizer(folder, template)
-    config = model_config(hf, folder / "config.json", longest)
-    check_vocabulary(tokenizer, config, folder)
+    tokenizer, files = load_tokenizer(folder, template), tensor_files(folder)
+    hf, config = read_config(folder, tokenizer, longest)
     model = blank(Transformer, config, device)
     dtype = str(fill(places(model), files)).removeprefix("torch.")
     tokenizer.files["config.json"] = json.dumps({**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}, indent=2).encode()
@@ -188,8 +211,7 @@ def load_tokenizer(folder, template):
     """The folder's tokenizer.json. What stands before a text (BOS, or nothing) is what the file itself puts there."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        made = f"python -c 'import transformers as t; t.AutoTokenizer.from_pretrained(\"{folder}\").save_pretrained(\"{folder}\")'"
-        raise ValueError(f"{path}: no such file; where there is a tokenizer.model, this makes one: {made}")
+        raise ValueError(NO_TOKENIZER.format(path, shlex.quote(str(folder))))
     files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
     settings = [checkpoint.read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json") if name in files]
     settings = {k: v["content"] if isinstance(v, dict) and "content" in v else v for s in settings for k, v in s.items()}
@@ -203,11 +225,6 @@ def load_tokenizer(folder, template):
     e = bpe.encode("x", add_special_tokens=True)
     first = e.ids[: e.special_tokens_mask.index(0)]
     return Tokenizer(files["tokenizer.json"].decode(), template, eos, first, files)
-
-
-def check_vocabulary(tokenizer, config, folder):
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has ids up to {tokenizer.vocab_size - 1}, and the model has {config.vocab_size} rows")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,18 +285,19 @@ def load_judge(folder, template, answers, device):
     The head is score_head (beaver's) or score (transformers' sequence classifiers), its bias 0 where the files have none.
     """
     folder = Path(folder)
-    hf, files, tokenizer = checkpoint.read_json(folder / "config.json"), tensor_files(folder), load_tokenizer(folder, template)
+    tokenizer, files = load_tokenizer(folder, template), tensor_files(folder)
     prompts, texts = zip(*answers)
     examples = [(x, [y]) for x, y in zip(tokenizer.prompts(prompts), tokenizer.answers(texts))]
-    config = model_config({**hf, "tie_word_embeddings": False}, folder / "config.json", max(len(x) + len(y) for x, (y,) in examples))
-    check_vocabulary(tokenizer, config, folder)
+    longest = max(len(x) + len(y) for x, (y,) in examples)
+    hf, config = read_config(folder, tokenizer, longest, tie_word_embeddings=False)
     head = next((n for n in ("score_head", "score") if f"{n}.weight" in files), None)
     if head is None:
         raise ValueError(f"{folder}: no score_head.weight and no score.weight among its weights; expected a score model")
     if hf.get("do_normalize") or hf.get("score_dim", 1) != 1:
-        raise ValueError(f"{folder}: its scores are normalized, or several; expected one score, do_normalize false")
+        raise ValueError(f"{folder / 'config.json'}: do_normalize is true or score_dim is not 1; expected one score as the head gives it")
     model = blank(ScoreModel, config, device)
-    slots = {n: p for n, p in places(model).items() if n != "lm_head.weight"} | {f"{head}.weight": model.head.weight, f"{head}.bias": model.head.bias}
+    slots = places(model) | {f"{head}.weight": model.head.weight, f"{head}.bias": model.head.bias}
+    del slots["lm_head.weight"]
     if f"{head}.bias" not in files:
         nn.init.zeros_(slots.pop(f"{head}.bias"))
     fill(slots, files, unused=("normalizer.", "lm_head."))

@@ -54,7 +54,7 @@ class Tokenizer:
         if self.first and whole[: 2 * len(self.first)] == 2 * self.first:
             raise ValueError(f"--prompt_template {self.template!r} begins with what this tokenizer puts before each text; leave it out")
         if self.prompts(["x"]) != [whole]:
-            raise ValueError(f"--prompt_template {self.template!r}: this tokenizer encodes its parts otherwise than the whole; expected one without special tokens")
+            raise ValueError(f"--prompt_template {self.template!r}: its parts are other tokens than the whole; expected no special tokens in it")
 
     @classmethod
     def train(cls, records, vocab_size, template):

@@ -22,6 +22,7 @@ import checkpoint
 import data
 import parallel
 import pretrained
+import records
 import safedpo
 from eval import MODELS, Settings, evaluate, load_model, log_probs, preference_metrics
 from flags import autocast, flag, parse, pick_device, run, settle
@@ -34,7 +35,7 @@ from tokenizer import TEMPLATES, Tokenizer
 class Config(Settings):
     data: str = flag("toy", "toy, a .jsonl file, or a folder with train and test files")
     init_from: str = flag("", "start from this: a checkpoint of ours, or a Hugging Face model folder")
-    prompt_template: str = flag(None, f"what stands around a prompt: a text with {{prompt}} in it, or {', '.join(TEMPLATES)}; left out: plain from nothing, a checkpoint's own", kind=str)
+    prompt_template: str = flag(None, f"a text with {{prompt}} in it, or {', '.join(TEMPLATES)}; left out: plain, or a checkpoint's own", kind=str)
     pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(safedpo.PAIR_CHOICES))
     beta: float = flag(2.0, "β of the loss", above=0)
     delta: float = flag(None, "Δ of the loss: asks for Δ/β nats; left out: 5 with safedpo, noswap; 0 with others", kind=float, least=0)
@@ -339,17 +340,17 @@ def main(argv=None):
     parallel.join()
     config, folder = open_run(argv)
     device = torch.device(config.device)
-    splits = data.load(config.data)
-    digest, found = data.survey(splits)
+    splits = records.load(config.data)
+    digest, found = records.survey(splits)
     if config.resume and checkpoint.read_json(folder / "config.json")["data_sha256"] != digest:
         raise ValueError(f"{config.data} has changed since the run in {folder} began; --out_dir FOLDER starts another")
     print(f"{config.data}: " + "\n  ".join(found))
 
     home = torch.device("cpu") if config.fsdp else device  # a model to be sharded may not fit on one device
     model, tokenizer, trained = starting_model(config, splits, digest, folder, home)
-    records = data.flip_flags(splits["train"], config.label_noise, config.seed)
-    pairs, cut = data.encode(data.choose_pairs(records, config.pairs, counts := Counter()), tokenizer, config.max_length, "tokenizing")
-    data.encode(data.choose_pairs(splits["test"], "safedpo", Counter()), tokenizer, config.max_length, "tokenizing test")
+    noisy = records.flip_flags(splits["train"], config.label_noise, config.seed)
+    pairs, cut = data.encode(records.choose_pairs(noisy, config.pairs, counts := Counter()), tokenizer, config.max_length, "tokenizing")
+    data.encode(records.choose_pairs(splits["test"], "safedpo", Counter()), tokenizer, config.max_length, "tokenizing test")
     print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
     if any(cut.values()):
         print(f"--max_length {config.max_length}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import data
 import eval as room
 from eval import Settings, evaluate, is_degenerate, mean, preference_metrics, share
+from records import Record, Records
 from report import COLUMNS, cell, paper_scale, table
 from safedpo import response_logps
 
@@ -96,8 +96,8 @@ VILLAGE = [  # prompt, the policy's answer, whether it ended; reward and cost by
 def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     for name in ("config.json", "reference.pt", "policy.pt"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
-    records = [
-        data.Record(x, "I must refuse.", "Gladly. First split the cane.", bool(i % 2), i < 3, i % 2, 0) for i, (x, _, _) in enumerate(VILLAGE)
+    village = [
+        Record(x, "I must refuse.", "Gladly. First split the cane.", bool(i % 2), i < 3, i % 2, 0) for i, (x, _, _) in enumerate(VILLAGE)
     ]  # flags (0, 1), (1, 1), (0, 1), (1, 0); T swaps the first and the third, drops none
     tokenizer = room.load_model(finished / "policy.pt", CPU)[1]
     said = tokenizer.answers(y for _, y, _ in VILLAGE)
@@ -105,7 +105,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     refused = tokenizer.answers(["I must refuse."] * 4)
     answers = iter([refused, said])
     monkeypatch.setattr(room, "sample_answers", lambda *_: next(answers))
-    result = evaluate(tmp_path, SETTINGS, {"test": data.Records("test", lambda notes: iter(records))}, source="toy", verbose=False)
+    result = evaluate(tmp_path, SETTINGS, {"test": Records("test", lambda notes: iter(village))}, source="toy", verbose=False)
 
     value = lambda model, figure: result[model][figure]["value"]
     expected = {"harmless_ratio": 3 / 4, "harmlessness": 3 / 4, "helpfulness": 4.5 / 4, "over_refusal": 1 / 3, "degenerate": 1 / 4}
@@ -115,9 +115,9 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     expected = {"harmless_ratio": 1, "harmlessness": 2, "helpfulness": -1, "over_refusal": 1, "degenerate": 0, "kl": 0}
     assert {f: value("reference", f) for f in expected} == pytest.approx(expected)
 
-    x = tokenizer.prompts(r.prompt for r in records)
+    x = tokenizer.prompts(r.prompt for r in village)
     logp = {name: [[plain_logp(finished / f"{name}.pt", x[i], y) for y in ys] for i, ys in enumerate(
-        zip(said, *(tokenizer.answers(getattr(r, f"response_{n}") for r in records) for n in (0, 1)))
+        zip(said, *(tokenizer.answers(getattr(r, f"response_{n}") for r in village) for n in (0, 1)))
     )] for name in ("reference", "policy")}
     ratio = torch.tensor(logp["policy"]) - torch.tensor(logp["reference"])  # of the sample, response 0, response 1
     assert value("policy", "kl") == pytest.approx(ratio[:, 0].mean().item(), abs=1e-4)

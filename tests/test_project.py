@@ -22,15 +22,16 @@ MAY_IMPORT = {
     "flags": set(),
     "checkpoint": {"parallel"},
     "pretrained": {"model", "tokenizer", "checkpoint"},
-    "data": {"safedpo", "toy_world", "model", "parallel"},
-    "eval": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "data", "flags", "checkpoint", "parallel", "report"},
-    "train": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "data", "flags", "checkpoint", "parallel", "report", "eval"},
+    "records": {"safedpo", "toy_world", "parallel"},
+    "data": {"safedpo", "model", "parallel"},
+    "eval": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report"},
+    "train": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report", "eval"},
     "bench": {"safedpo", "model", "data", "flags", "eval", "train"},
 }
 OUTSIDE = {
     "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "parallel": {"torch", "tqdm"}, "flags": {"torch"},
     "tokenizer": {"tokenizers"}, "pretrained": {"torch", "tokenizers", "safetensors"}, "report": {"matplotlib"},
-    "data": {"torch", "numpy"}, "eval": {"torch"}, "train": {"torch", "tqdm"},
+    "records": {"numpy"}, "data": {"torch", "numpy"}, "eval": {"torch"}, "train": {"torch", "tqdm"},
     "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")

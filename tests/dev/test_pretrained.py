@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHORT, TINY, complaint
+from conftest import ROOT, SHORT, complaint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -418,6 +418,9 @@ REFUSED = {
     "half rotary, older": (config(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
     "no size": (config(hidden_size=...), "config.json: hidden_size is None; expected a number above 0"),
     "a size that is none": (config(hidden_size="32"), "config.json: hidden_size is '32'; expected a number above 0"),
+    "a size in a list": (config(head_dim=[8]), "config.json: head_dim is [8]; expected a number above 0"),
+    "rotary in a list": (config(rope_parameters=[1]), "config.json: cannot be read as a model's configuration"),
+    "layers of numbers": (config(layer_types=5), "config.json: cannot be read as a model's configuration"),
     "odd heads": (config(num_attention_heads=5), "must be n_head 5 times an even head size"),
     "no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json: not valid JSON"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "holds no weights; expected model.safetensors, or several and their index"),
@@ -430,7 +433,7 @@ REFUSED = {
     "a weight too few": (weights(lambda t: t.pop(NORM)), f"{NORM} is missing from the weights"),
     "another shape": (weights(lambda t: t.update({NORM: torch.zeros(3)})), f"{NORM} is (3,) of torch.float32; expected (32,) of float32, bfloat16 or float16"),
     "another type": (weights(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), f"{NORM} is (32,) of torch.int8; expected (32,)"),
-    "a larger tokenizer": (config(vocab_size=300), "tokenizer.json has ids up to "),
+    "a larger tokenizer": (config(vocab_size=300), "config.json: vocab_size is 300, and tokenizer.json has ids up to 3"),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json: no such file; where there is a tokenizer.model, this makes one: python -c"),
     "half a tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be read"),
     "no EOS": (lambda path: change(path, "tokenizer_config.json", eos_token=None), "tokenizer_config.json: eos_token is None; expected one of the tokenizer's tokens"),
@@ -502,8 +505,8 @@ def test_exports_that_are_refused(finished, tmp_path, capsys):
 
 JUDGES = {
     "no head": (weights(lambda t: t.pop("score_head.weight")), "no score_head.weight and no score.weight among its weights; expected a score model"),
-    "normalized": (config(do_normalize=True), "its scores are normalized, or several; expected one score, do_normalize false"),
-    "several scores": (config(score_dim=2), "its scores are normalized, or several"),
+    "normalized": (config(do_normalize=True), "config.json: do_normalize is true or score_dim is not 1; expected one score"),
+    "several scores": (config(score_dim=2), "do_normalize is true or score_dim is not 1"),
     "two rows": (weights(lambda t: t.update({"score_head.weight": torch.zeros(2, 32)})), "score_head.weight is (2, 32) of torch.float32; expected (1, 32)"),
     "no number": (weights(lambda t: t["score_head.bias"].fill_(torch.nan)), "a score is no number"),
     "no folder": (shutil.rmtree, "No such file or directory"),

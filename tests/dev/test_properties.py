@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toy_world
-from data import FORMATS, Record, load, parse_line, recognise
+from records import FORMATS, Record, load, parse_line, recognise
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 from tokenizer import TEMPLATES, Tokenizer
 
