@@ -73,8 +73,10 @@ def load_model(path, device):
     if not isinstance(state, dict) or not {"config", "model", "tokenizer"} <= state.keys():
         raise ValueError(f"{path}: holds no model; expected a run's reference.pt or policy.pt")
     try:
-        model, tokenizer = Transformer(ModelConfig(**state["config"])), Tokenizer(**state["tokenizer"])
-        model.load_state_dict(state["model"])
+        with torch.device("meta"):  # no second copy of the weights
+            model, tokenizer = Transformer(ModelConfig(**state["config"])), Tokenizer(**state["tokenizer"])
+        model.load_state_dict(state["model"], assign=True)
+        model.tie()
     except Exception as e:  # the tokenizer's library raises nothing more specific
         raise ValueError(f"{path}: holds no model of ours ({str(e).splitlines()[0]})")
     return model.to(device).eval(), tokenizer

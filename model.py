@@ -177,9 +177,13 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.checkpointing = False  # True: a block's inner values are computed again in the backward pass, not kept
-        if c.tied_head:
-            self.head.weight = self.embedding.weight
+        self.tie()
         self.apply(self._init)
+
+    def tie(self):
+        """To be called again whenever weights were replaced."""
+        if self.config.tied_head:
+            self.head.weight = self.embedding.weight
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):

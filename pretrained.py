@@ -187,8 +187,7 @@ def blank(kind, config, device):
     with torch.device("meta"):
         model = kind(config)
     model.to_empty(device=device)
-    if config.tied_head:
-        model.head.weight = model.embedding.weight
+    model.tie()
     return model
 
 

@@ -113,7 +113,7 @@ def beavertails(rows, notes):
         yield Record(prompt, others.pop(0), answer, not safe, safe, int(safe), int(safe))
         if not others:
             del waiting[prompt, not safe]
-    notes["single answers stay unpaired: no answer of the other kind to the same prompt"] = sum(map(len, waiting.values()))
+    notes["single answers stay unpaired: no answer of the other kind to the same prompt"] += sum(map(len, waiting.values()))
 
 
 FORMATS = {  # name → (reader, fields that tell it, labels)
@@ -139,7 +139,7 @@ def read_jsonl(path, notes, wanted=lambda row: True):
     rows = ((row, place) for row, place in read_rows(path) if wanted(row))
     for first in itertools.islice(rows, 1):
         name = recognise(*first)
-        notes[f"rows of {name}"] += 0
+        notes[f"rows of {name}"] += 0  # named, not counted
         yield from FORMATS[name][0](itertools.chain([first], rows), notes)
 
 
