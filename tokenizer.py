@@ -32,7 +32,7 @@ class Tokenizer:
         self.bpe.encode_special_tokens = True  # as text
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         if template.count(PROMPT) != 1:
-            raise ValueError(f"--prompt_template {template!r}: expected {PROMPT} in it once, or a name: {', '.join(TEMPLATES)}")
+            raise ValueError(f"prompt template {template!r}: expected {PROMPT} in it once, or a name: {', '.join(TEMPLATES)}")
         self.special = {t.content: i for i, t in self.bpe.get_added_tokens_decoder().items() if t.special}
         cut = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
         before, after = (re.split(f"({cut})", part) for part in template.split(PROMPT))
@@ -52,9 +52,9 @@ class Tokenizer:
         whole = self.first + self._encode([self.template.replace(PROMPT, "x")])[0]
         self.bpe.encode_special_tokens = True
         if self.first and whole[: 2 * len(self.first)] == 2 * self.first:
-            raise ValueError(f"--prompt_template {self.template!r} begins with what this tokenizer puts before each text; leave it out")
+            raise ValueError(f"prompt template {self.template!r} begins with what this tokenizer puts before each text; leave it out")
         if self.prompts(["x"]) != [whole]:
-            raise ValueError(f"--prompt_template {self.template!r}: its parts are other tokens than the whole; expected no special tokens in it")
+            raise ValueError(f"prompt template {self.template!r}: its parts are other tokens than the whole; expected no special tokens in it")
 
     @classmethod
     def train(cls, records, vocab_size, template):

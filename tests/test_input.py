@@ -34,7 +34,7 @@ import train
         (["--resume"], "holds no run to resume"),
         (["--sft_epochs", "0"], "--sft_epochs 0 needs a model to start from; expected --init_from FOLDER"),
         (["--init_from", "."], "--init_from .: no policy.pt and no config.json; expected a run of ours or a Hugging Face model"),
-        (["--prompt_template", "Q:"], "--prompt_template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, llama3"),
+        (["--prompt_template", "Q:"], "prompt template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, llama3"),
     ],
 )
 def test_flags(argv, message, capsys, tmp_path, monkeypatch):

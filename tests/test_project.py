@@ -35,7 +35,7 @@ OUTSIDE = {
     "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.replace("\\\n", "").splitlines()]
 
 
 def imported(path):

@@ -480,7 +480,7 @@ def test_templates_and_flags_that_do_not_fit(whole, folder, finished, tmp_path, 
         shutil.copy(whole / "hf" / name, tmp_path / "hf")
     for flags, message in {
         ("--init_from", tmp_path / "hf"): "a Hugging Face model needs --prompt_template TEXT, with {prompt} in it, or one of plain, beaver",
-        ("--init_from", tmp_path / "hf", "--prompt_template", "Q: A:"): "--prompt_template 'Q: A:': expected {prompt} in it once",
+        ("--init_from", tmp_path / "hf", "--prompt_template", "Q: A:"): "prompt template 'Q: A:': expected {prompt} in it once",
         ("--init_from", tmp_path / "hf", "--prompt_template", "<s>[INST] {prompt}"): "begins with what this tokenizer puts before each text; leave it out",
         ("--init_from", tmp_path / "hf", "--prompt_template", "plain", "--d_model", "32"): "--d_model 32: --init_from",
         ("--init_from", finished, "--prompt_template", "plain"): "is a checkpoint of ours, which has its own; leave the flag out",
