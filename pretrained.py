@@ -65,15 +65,15 @@ def model_config(hf, place, longest):
     if window and window < longest and "sliding_attention" in layers:
         raise ValueError(f"{place}: sliding_window is {window}, and rows have up to {longest} tokens; expected shorter ones (--max_length)")
 
-    def number(name, default=None, kind=int):
+    def number(name, default=None, kind=int, most=2**24):
         value = hf.get(name) or default
-        if type(value) not in (int, kind) or not value > 0:
-            raise ValueError(f"{place}: {name} is {value!r}; expected a number above 0")
+        if type(value) not in (int, kind) or not 0 < value <= most:
+            raise ValueError(f"{place}: {name} is {str(value)[:60]!r}; expected a number above 0, at most {most}")
         return value
 
     return ModelConfig(
         vocab_size=number("vocab_size"),
-        n_layer=number("num_hidden_layers"),
+        n_layer=number("num_hidden_layers", most=2**10),
         n_head=number("num_attention_heads"),
         n_kv_head=number("num_key_value_heads", hf["num_attention_heads"] if family == "llama" else None),
         d_model=number("hidden_size"),
@@ -88,7 +88,10 @@ def model_config(hf, place, longest):
 
 def rotary(hf, place):
     """ModelConfig's fields on rotary positions."""
-    rope = {"rope_theta": hf.get("rope_theta") or 10000.0, **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    if old and new and old != new:
+        raise ValueError(f"{place}: rope_scaling and rope_parameters differ; expected one of them")
+    rope = {"rope_theta": hf.get("rope_theta") or 10000.0, **old, **new}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in needed:

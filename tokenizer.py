@@ -30,31 +30,36 @@ class Tokenizer:
         self.bpe.no_padding()
         self.bpe.no_truncation()
         self.bpe.encode_special_tokens = True  # as text
+        # what follows a special token is not the first word, which Llama's and Mistral's spell with a space of its own
+        self.inner = BPE.from_str(self.bpe.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        self.inner.encode_special_tokens = True
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         if template.count(PROMPT) != 1:
             raise ValueError(f"prompt template {template!r}: expected {PROMPT} in it once, or a name: {', '.join(TEMPLATES)}")
         self.special = {t.content: i for i, t in self.bpe.get_added_tokens_decoder().items() if t.special}
         cut = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
         before, after = (re.split(f"({cut})", part) for part in template.split(PROMPT))
-        self.around = before.pop(), after.pop(0)  # what is encoded with the prompt in one piece
-        self.before, self.after = self._parts(before), self._parts(after)
+        self.around = before.pop(), after.pop(0)  # what is encoded with the prompt in one piece, by:
+        self.piece = self.inner if before else self.bpe
+        self.before = [*self._part(self.bpe, before[:1]), *self._part(self.inner, before[1:])]
+        self.after = self._part(self.inner, after)
         self._check()
 
-    def _parts(self, parts):
-        return [i for part in parts for i in ([self.special[part]] if part in self.special else self._encode([part])[0])]
+    def _part(self, bpe, parts):
+        return [i for part in parts for i in ([self.special[part]] if part in self.special else self._encode(bpe, [part])[0])]
 
-    def _encode(self, texts):
-        return [e.ids for e in self.bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def _encode(self, bpe, texts):
+        return [e.ids for e in bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _check(self):
         """The template as it is encoded here, in parts, against the whole of it at once."""
         self.bpe.encode_special_tokens = False
-        whole = self.first + self._encode([self.template.replace(PROMPT, "x")])[0]
+        whole = self.first + self._encode(self.bpe, [self.template.replace(PROMPT, "x")])[0]
         self.bpe.encode_special_tokens = True
         if self.first and whole[: 2 * len(self.first)] == 2 * self.first:
             raise ValueError(f"prompt template {self.template!r} begins with what this tokenizer puts before each text; leave it out")
         if self.prompts(["x"]) != [whole]:
-            raise ValueError(f"prompt template {self.template!r}: its parts are other tokens than the whole; expected no special tokens in it")
+            raise ValueError(f"prompt template {self.template!r}: its parts are other tokens than the whole; expected fewer special tokens in it")
 
     @classmethod
     def train(cls, records, vocab_size, template):
@@ -76,10 +81,10 @@ class Tokenizer:
 
     def prompts(self, texts):
         left, right = self.around
-        return [[*self.first, *self.before, *ids, *self.after] for ids in self._encode(left + t + right for t in texts)]
+        return [[*self.first, *self.before, *ids, *self.after] for ids in self._encode(self.piece, (left + t + right for t in texts))]
 
     def answers(self, texts):
-        return [ids + [self.eos] for ids in self._encode(texts)]
+        return [ids + [self.eos] for ids in self._encode(self.bpe, texts)]
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eos])

@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import ROOT, SHORT, complaint
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -61,7 +62,15 @@ def sentencepiece_like(path):
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(path)
 
 
-TOKENIZERS = {"byte-level": byte_level, "sentencepiece-like": sentencepiece_like}
+def metaspace(path):
+    """The same as newer Llama 2 and Mistral folders have it: ▁ before the first word only, and not by the normalizer."""
+    sentencepiece_like(path)
+    state = json.loads((path / "tokenizer.json").read_text())
+    state |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}}
+    (path / "tokenizer.json").write_text(json.dumps(state))
+
+
+TOKENIZERS = {"byte-level": byte_level, "sentencepiece-like": sentencepiece_like, "metaspace": metaspace}
 
 
 @torch.no_grad()
@@ -160,7 +169,7 @@ STRANGE = ["How do I?", " two  spaces ", "żółć 🎉 שלום", "tab\tand\nli
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("template", [*TEMPLATES.values(), "{prompt}", "[INST] {prompt} [/INST]", "<|endoftext|>{prompt}"])
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), "{prompt}", "[INST] {prompt} [/INST]", "<|endoftext|>{prompt}", "a</s>user {prompt}</s>\nbot", "</s>{prompt}"])
 def test_prompts_and_answers_are_encoded_as_transformers_does(kind, template, tmp_path):
     make(tmp_path, tokenizer=kind)
     ours = pretrained.load_tokenizer(tmp_path, template)
@@ -169,7 +178,7 @@ def test_prompts_and_answers_are_encoded_as_transformers_does(kind, template, tm
         assert ours.prompts([text]) == [theirs(template.replace("{prompt}", text)).input_ids]
         assert ours.answers([text]) == [theirs(text, add_special_tokens=False).input_ids + [theirs.eos_token_id]]
         assert ours.decode(ours.answers([text])[0]) == theirs.decode(theirs(text, add_special_tokens=False).input_ids, clean_up_tokenization_spaces=False)
-    assert ours.first == ([1] if kind == "sentencepiece-like" else [])
+    assert ours.first == ([] if kind == "byte-level" else [1])
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -180,6 +189,16 @@ def test_special_tokens_in_a_users_text_are_text(kind, tmp_path):
     (y,) = ours.answers(["no <|im_end|></s>"])
     assert y.count(ours.eos) == 1 and x.count(ours.eos) == ours.prompts(["no"])[0].count(ours.eos)
     assert "<|im_end|></s><s><|im_start|>system" in ours.decode(x)
+
+
+def test_a_template_whose_parts_are_not_the_whole_is_refused(tmp_path):
+    byte_level(tmp_path)
+    bpe = BPE.from_file(str(tmp_path / "tokenizer.json"))
+    bpe.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # takes the space before it
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    pretrained.load_tokenizer(tmp_path, "Q:<mask>{prompt}")
+    with pytest.raises(ValueError, match="its parts are other tokens than the whole"):
+        pretrained.load_tokenizer(tmp_path, "Q: <mask>{prompt}")
 
 
 @pytest.mark.parametrize("add_bos_token", [True, False])
@@ -413,14 +432,16 @@ REFUSED = {
     "chunks": (config(layer_types=["chunked_attention"] * 2), "config.json: layer_types has chunked_attention; expected full_attention"),
     "yarn": (rope(rope_type="yarn"), "config.json: the type of rotary scaling is 'yarn'; expected one of default, linear, llama3"),
     "old name of a type": (config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "the type of rotary scaling is 'dynamic'"),
+    "two scalings": (config(rope_scaling={"type": "linear", "factor": 2.0}), "config.json: rope_scaling and rope_parameters differ; expected one of them"),
     "no factor": (rope(factor=None), "config.json: factor of its rotary positions is None; expected a number above 0"),
     "half rotary": (rope(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
     "half rotary, older": (config(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
-    "no size": (config(hidden_size=...), "config.json: hidden_size is None; expected a number above 0"),
+    "no size": (config(hidden_size=...), "config.json: hidden_size is 'None'; expected a number above 0"),
     "a size that is none": (config(hidden_size="32"), "config.json: hidden_size is '32'; expected a number above 0"),
-    "a size in a list": (config(head_dim=[8]), "config.json: head_dim is [8]; expected a number above 0"),
+    "a size in a list": (config(head_dim=[8]), "config.json: head_dim is '[8]'; expected a number above 0"),
     "rotary in a list": (config(rope_parameters=[1]), "config.json: cannot be read as a model's configuration"),
     "layers of numbers": (config(layer_types=5), "config.json: cannot be read as a model's configuration"),
+    "layers without end": (config(num_hidden_layers=10**9), "config.json: num_hidden_layers is '1000000000'; expected a number above 0, at most 1024"),
     "odd heads": (config(num_attention_heads=5), "must be n_head 5 times an even head size"),
     "no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json: not valid JSON"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "holds no weights; expected model.safetensors, or several and their index"),
