@@ -36,7 +36,7 @@ def read_json(path, needed=()):
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})")
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object; expected a file that train.py wrote")
+        raise ValueError(f"{path}: holds no JSON object")
     for name in needed:
         if name not in value:
             raise ValueError(f"{path}: {name} is missing; expected a file that this version of train.py wrote")

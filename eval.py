@@ -324,7 +324,10 @@ def score(rows, kind, folder, config):
 def read_scores(path, rows):
     """Add to rows the scores that their copies in the file have."""
     key = lambda row: json.dumps([row.get(name) for name in ("prompt", *MODELS)])
-    scored = {key(row): (row, place) for row, place in records.read_rows(path)}
+    scored = {}
+    for row, place in records.read_rows(path):
+        if scored.setdefault(key(row), (row, place))[0] != row:
+            raise ValueError(f"{place}: other scores for the same answers than {scored[key(row)][1]}")
     names = [name for name in SCORES if any(name in row for row, _ in scored.values())]
     if not names:
         raise ValueError(f"{path}: no score in it; expected the rows of samples.jsonl with some of {', '.join(SCORES)} added")

@@ -46,6 +46,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's q and k
     tied_head: bool = False
+    window: int = 0  # how far back the checkpoint's attention looked, if not without limit; ours does, so that rows must be shorter
 
     def __post_init__(self):
         if not self.d_head:
@@ -56,6 +57,12 @@ class ModelConfig:
             raise ValueError(f"the head size {self.d_head} must be even")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+
+    def check_length(self, tokens):
+        if 0 < self.window < tokens:
+            raise ValueError(
+                f"the model's sliding window is {self.window}, and rows have up to {tokens} tokens; expected shorter ones (--max_length)"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +209,7 @@ class Transformer(nn.Module):
 
         visible (A, 1, L, keys) bool instead of a causal mask, where caches hold keys of earlier tokens.
         """
+        self.config.check_length(sequences.shape[1])
         x = self.embedding(tokens)
         rotary = self.rotary(position)
         for i, block in enumerate(self.blocks):
@@ -233,6 +241,7 @@ class Transformer(nn.Module):
         device = self.embedding.weight.device
         rows = move(pack_rows([(x, [[]]) for x in prompts]), device)
         R, L = rows.sequences.shape
+        self.config.check_length(L + max_new_tokens)
         length = torch.tensor([len(x) for x in prompts], device=device)
         column = torch.arange(L + max_new_tokens, device=device)
         caches = [Cache(L + max_new_tokens) for _ in self.blocks]

@@ -4,6 +4,7 @@ A folder holds config.json, one or many *.safetensors (with an index) and tokeni
 transformer cannot do is refused by name, and so is a weight that has no place in it.
 """
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,7 +19,9 @@ from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # model_type → what sets it apart
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0}
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None, "is_causal": True}
+TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
+SLICE = 2**20  # elements of a tensor that are read at once
 CARRIED = (  # what --export writes as it was read, beside the weights
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -28,9 +31,8 @@ PICKLES = (
     "python -c 'import sys, torch, safetensors.torch as s; [s.save_file({{k: v.clone() for k, v in torch.load(f, weights_only=True).items()}}, "
     """f[:-4].replace("/pytorch_", "/") + ".safetensors") for f in sys.argv[1:]]' {}/pytorch_model*.bin"""
 )
-NO_TOKENIZER = (
-    "{}: no such file; where there is a tokenizer.model, this makes one: python -c 'import sys, transformers as t; "
-    "t.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])' {}"
+MAKE_TOKENIZER = (
+    "this makes one: python -c 'import sys, transformers as t; t.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])' {}"
 )
 
 
@@ -43,7 +45,10 @@ def read_config(folder, tokenizer, longest, **changes):
     place = folder / "config.json"
     hf = checkpoint.read_json(place) | changes
     try:
-        config = model_config(hf, place, longest)
+        config = model_config(hf)
+        config.check_length(longest)
+    except ValueError as e:
+        raise ValueError(f"{place}: {e}")
     except (TypeError, AttributeError) as e:  # a list where a number should be, and the like
         raise ValueError(f"{place}: cannot be read as a model's configuration ({e})")
     if tokenizer.vocab_size > config.vocab_size:
@@ -51,26 +56,26 @@ def read_config(folder, tokenizer, longest, **changes):
     return hf, config
 
 
-def model_config(hf, place, longest):
+def model_config(hf):
     family = hf.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{place}: model_type is {family!r}; expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type is {family!r}; expected one of {', '.join(FAMILIES)}")
     for name, value in FIXED.items():
         if hf.get(name, value) not in (value, None):
-            raise ValueError(f"{place}: {name} is {str(hf[name])[:60]}; expected {value}, the only kind that this transformer computes")
-    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
-    layers = set(hf.get("layer_types") or ["sliding_attention" if hf.get("use_sliding_window", True) else "full_attention"])
-    if others := layers - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{place}: layer_types has {min(others)}; expected full_attention")
-    if window and window < longest and "sliding_attention" in layers:
-        raise ValueError(f"{place}: sliding_window is {window}, and rows have up to {longest} tokens; expected shorter ones (--max_length)")
+            raise ValueError(f"{name} is {str(hf[name])[:60]}; expected {value}, the only kind that this transformer computes")
 
     def number(name, default=None, kind=int, most=2**24):
-        value = hf.get(name) or default
+        value = default if hf.get(name) is None else hf[name]
         if type(value) not in (int, kind) or not 0 < value <= most:
-            raise ValueError(f"{place}: {name} is {str(value)[:60]!r}; expected a number above 0, at most {most}")
+            raise ValueError(f"{name} is {str(value)[:60]!r}; expected a number above 0, at most {most}")
         return value
 
+    slides = hf.get("use_sliding_window", False) if family.startswith("qwen") else family == "mistral" or "sliding_window" in hf
+    layers = set(hf.get("layer_types") or ["sliding_attention" if slides else "full_attention"])
+    if others := layers - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types has {min(others)}; expected full_attention")
+    if "sliding_window" in hf and hf["sliding_window"] is None:
+        layers = {"full_attention"}
     return ModelConfig(
         vocab_size=number("vocab_size"),
         n_layer=number("num_hidden_layers", most=2**10),
@@ -78,30 +83,36 @@ def model_config(hf, place, longest):
         n_kv_head=number("num_key_value_heads", hf["num_attention_heads"] if family == "llama" else None),
         d_model=number("hidden_size"),
         d_ff=number("intermediate_size"),
-        d_head=number("head_dim") if hf.get("head_dim") else 0,
+        d_head=0 if hf.get("head_dim") is None else number("head_dim"),
         norm_eps=number("rms_norm_eps", 1e-6, float),
         tied_head=hf.get("tie_word_embeddings") is True,
-        **rotary(hf, place),
+        window=number("sliding_window", 4096) if "sliding_attention" in layers else 0,
+        **rotary(hf),
         **FAMILIES[family],
     )
 
 
-def rotary(hf, place):
-    """ModelConfig's fields on rotary positions."""
-    old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+def rotary(hf):
+    """ModelConfig's fields on rotary positions, which stand under rope_parameters, or in older files rope_scaling and outside."""
+    old, new = ({} if hf.get(name) is None else hf[name] for name in ("rope_scaling", "rope_parameters"))
+    outside = {k: hf[k] for k in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings") if hf.get(k) is not None}
     if old and new and old != new:
-        raise ValueError(f"{place}: rope_scaling and rope_parameters differ; expected one of them")
-    rope = {"rope_theta": hf.get("rope_theta") or 10000.0, **old, **new}
+        raise ValueError("rope_scaling and rope_parameters differ; expected one of them")
+    rope = {"rope_theta": 10000.0, **outside, **old, **new}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in needed:
-        raise ValueError(f"{place}: the type of rotary scaling is {kind!r}; expected one of {', '.join(needed)}")
+        raise ValueError(f"the type of rotary scaling is {kind!r}; expected one of {', '.join(needed)}")
     for name in ("rope_theta", *needed[kind]):
-        if type(rope.get(name)) not in (int, float) or not rope[name] > 0:
-            raise ValueError(f"{place}: {name} of its rotary positions is {rope.get(name)!r}; expected a number above 0")
+        if type(rope.get(name)) not in (int, float) or not 0 < rope[name] < 2**64 or outside.get(name, rope[name]) != rope[name]:
+            raise ValueError(f"{name} of its rotary positions is {str(rope.get(name))[:60]}; expected a number above 0, the same wherever it stands")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{place}: partial_rotary_factor is {rope['partial_rotary_factor']}; expected 1.0")
+        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; expected 1.0")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rotary positions that differ between layers; expected the same in all")
     factor, *llama3 = [float(rope[name]) for name in needed[kind]] or [1.0]
+    if llama3 and not llama3[0] < llama3[1]:
+        raise ValueError(f"low_freq_factor is {llama3[0]}; expected it below high_freq_factor, {llama3[1]}")
     return {"rope_theta": float(rope["rope_theta"]), "rope_factor": factor, "rope_llama3": tuple(llama3)}
 
 
@@ -133,21 +144,23 @@ def library():
 
 
 def tensor_files(folder):
-    """{tensor's name: the file that holds it}."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
+    """{tensor's name: the file that holds it}, of one file, else of those in the index, else of model-*.safetensors."""
+    index, shards = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not shards[0].exists() and index.exists():
         files = checkpoint.read_json(index, needed=["weight_map"])["weight_map"]
         for name, file in files.items() if isinstance(files, dict) else [("weight_map", files)]:
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"{index}: {name} is {str(file)[:60]!r}; expected the name of a file in the same folder")
-        return {name: folder / file for name, file in files.items()}
-    shards = [single] if single.exists() else sorted(folder.glob("model-*.safetensors"))
-    if shards:
-        return {name: path for path in shards for name in read(path, lambda f: list(f.keys()))}
+        files = {name: folder / file for name, file in files.items()}
+    else:
+        shards = shards if shards[0].exists() else sorted(folder.glob("model-*.safetensors"))
+        files = {name: path for path in shards for name in read(path, lambda f: list(f.keys()))}
     pickles = sorted(f.name for f in folder.glob("pytorch_model*.bin"))
-    if pickles:
+    if not files and pickles:
         raise ValueError(PICKLES.format(folder, pickles[0], shlex.quote(str(folder))))
-    raise ValueError(f"{folder}: holds no weights; expected model.safetensors, or several and their index")
+    if not files:
+        raise ValueError(f"{folder}: holds no weights; expected model.safetensors, or several and their index")
+    return files
 
 
 def read(path, wanted):
@@ -155,33 +168,36 @@ def read(path, wanted):
     try:
         with library().safe_open(path, "pt") as f:
             return wanted(f)
-    except (library().SafetensorError, FileNotFoundError) as e:
+    except (library().SafetensorError, OSError) as e:
         raise ValueError(f"{path}: cannot be read as safetensors ({e}); expected the whole file")
 
 
 @torch.no_grad()
 def fill(slots, files, unused=()):
-    """Copy each tensor of the files into its slot, one by one. Returns the embedding's type in the files."""
+    """Copy the files' tensors into their slots, a slice at a time. Returns the smallest type that holds all of them exactly."""
     dtype, empty = None, set(slots)
     for name, path in sorted(files.items(), key=lambda item: item[0] == "lm_head.weight"):  # after the embedding
         if name.endswith("rotary_emb.inv_freq") or name.startswith(tuple(unused)):
             continue
-        tensor = read(path, lambda f: f.get_tensor(name))
-        slot = slots.get(name)
-        if slot is None and name == "lm_head.weight":
-            if tensor.equal(slots["model.embed_tokens.weight"].to(tensor)):
-                continue
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, though config.json says tie_word_embeddings")
+        tied = name == "lm_head.weight" and name not in slots
+        slot = slots.get("model.embed_tokens.weight" if tied else name)
         if slot is None:
             raise ValueError(f"{path}: {name} has no place in this transformer; expected Llama's names")
-        if tensor.shape != slot.shape or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            found = f"{tuple(tensor.shape)} of {tensor.dtype}"
-            raise ValueError(f"{path}: {name} is {found}; expected {tuple(slot.shape)} of float32, bfloat16 or float16")
-        slot.copy_(tensor)
+        shape, kind = read(path, lambda f: (tuple(f.get_slice(name).get_shape()), f.get_slice(name).get_dtype()))
+        if shape != slot.shape or kind not in TYPES:
+            raise ValueError(f"{path}: {name} is {shape} of {kind}; expected {tuple(slot.shape)} of {', '.join(TYPES)}")
+        dtype = torch.promote_types(dtype or TYPES[kind], TYPES[kind])
+        rows = max(1, SLICE // math.prod(shape[1:]))
+        for start in range(0, shape[0], rows):
+            part = read(path, lambda f: f.get_slice(name)[start : start + rows])
+            if not part.isfinite().all():
+                raise ValueError(f"{path}: {name} holds weights that are no numbers")
+            if tied and not part.equal(slot[start : start + rows].to(part)):
+                raise ValueError(f"{path}: lm_head.weight differs from the embedding, though config.json says tie_word_embeddings")
+            slot[start : start + rows] = part
         empty.discard(name)
-        dtype = tensor.dtype if name == "model.embed_tokens.weight" else dtype
     if empty:
-        raise ValueError(f"{next(iter(files.values())).parent}: {min(empty)} is missing from the weights")
+        raise ValueError(f"{path.parent}: {min(empty)} is missing from the weights")
     return dtype
 
 
@@ -189,7 +205,10 @@ def blank(kind, config, device):
     """A model of that kind whose weights are not yet written, so that there is one copy of them."""
     with torch.device("meta"):
         model = kind(config)
-    model.to_empty(device=device)
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as e:
+        raise ValueError(f"{sum(p.numel() for p in model.parameters())} float32 weights do not fit on {device} ({str(e).splitlines()[0]})")
     model.tie()
     return model
 
@@ -213,20 +232,31 @@ def load_tokenizer(folder, template):
     """The folder's tokenizer.json. What stands before a text (BOS, or nothing) is what the file itself puts there."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        raise ValueError(NO_TOKENIZER.format(path, shlex.quote(str(folder))))
+        raise ValueError(f"{path}: no such file; where there is a tokenizer.model, {MAKE_TOKENIZER.format(shlex.quote(str(folder)))}")
     files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
-    settings = [checkpoint.read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json") if name in files]
-    settings = {k: v["content"] if isinstance(v, dict) and "content" in v else v for s in settings for k, v in s.items()}
+    settings, added = ({} if name not in files else checkpoint.read_json(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+    if "special_tokens_map.json" in files:
+        settings = checkpoint.read_json(folder / "special_tokens_map.json") | settings
+    content = lambda token: token["content"] if isinstance(token, dict) and "content" in token else token
     try:
         bpe = BPE.from_str(files["tokenizer.json"].decode())
+        bpe.no_padding()
+        bpe.no_truncation()
+        e = bpe.encode("x", add_special_tokens=True)
     except Exception as e:  # the library raises nothing more specific
-        raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0]}); expected a file of the tokenizers library")
-    eos = bpe.token_to_id(str(settings.get("eos_token")))
-    if eos is None:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token is {settings.get('eos_token')!r}; expected one of the tokenizer's tokens")
-    e = bpe.encode("x", add_special_tokens=True)
-    first = e.ids[: e.special_tokens_mask.index(0)]
-    return Tokenizer(files["tokenizer.json"].decode(), template, eos, first, files)
+        raise ValueError(f"{path}: cannot be used ({str(e).splitlines()[0]}); expected a file of the tokenizers library")
+    known = {t.content: i for i, t in bpe.get_added_tokens_decoder().items()}
+    eos, elsewhere = content(settings.get("eos_token")), [*added, *map(content, (settings.get("added_tokens_decoder") or {}).values())]
+    if eos not in known:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token is {eos!r}; expected one of tokenizer.json's added_tokens")
+    for token in elsewhere:
+        if token not in known:
+            raise ValueError(f"{path}: {token!r}, a token in a file beside it, is not among its added_tokens; {MAKE_TOKENIZER.format(shlex.quote(str(folder)))}")
+    first = e.ids[: e.special_tokens_mask.index(0)] if 0 in e.special_tokens_mask else []
+    try:
+        return Tokenizer(files["tokenizer.json"].decode(), template, known[eos], first, files)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,19 +265,24 @@ def load_tokenizer(folder, template):
 
 def export(model, tokenizer, folder):
     """Write model and tokenizer as a Hugging Face folder: weights in the type they came in, all else as it was read."""
-    folder, half = Path(folder), Path(f"{folder}.tmp")
-    if folder.exists():
-        raise ValueError(f"--export {folder}: exists already; expected the name of a new folder")
+    folder = Path(folder)
+    half = folder.with_name(folder.name + ".tmp")
+    for path in (folder, half):
+        if path.exists():
+            raise ValueError(f"--export {path}: exists already; expected the name of a new folder")
     files = tokenizer.files or own_files(model.config, tokenizer)
     hf = json.loads(files["config.json"])
     dtype = getattr(torch, hf.get("dtype") or hf["torch_dtype"])
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
     weights = {name: place.detach().to("cpu", dtype) for name, place in places(model).items()}
-    library().torch.save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
-    for name, content in files.items():
-        (half / name).write_bytes(content)
-    os.replace(half, folder)
+    half.mkdir(parents=True)
+    try:
+        library().torch.save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+        for name in files.keys() & set(CARRIED):
+            (half / name).write_bytes(files[name])
+        os.replace(half, folder)
+    except BaseException:
+        shutil.rmtree(half)
+        raise
 
 
 def own_files(c, tokenizer):
@@ -282,15 +317,15 @@ class ScoreModel(Transformer):
 
 
 def load_judge(folder, template, answers, device):
-    """(model, [(x, [y]), …]) of a score model's folder and [(prompt, answer text), …], whose scores are then model(rows).
+    """(model, [(ids, [[EOS]]), …]) of a score model's folder and [(prompt, answer), …], whose scores are then model(rows).
 
-    The head is score_head (beaver's) or score (transformers' sequence classifiers), its bias 0 where the files have none.
+    Prompt and answer are encoded as one text here, as such models are trained: their scores depend on it. The head is score_head (beaver's) or score (transformers' sequence classifiers), its bias 0 where the files have none.
     """
     folder = Path(folder)
     tokenizer, files = load_tokenizer(folder, template), tensor_files(folder)
     prompts, texts = zip(*answers)
-    examples = [(x, [y]) for x, y in zip(tokenizer.prompts(prompts), tokenizer.answers(texts))]
-    longest = max(len(x) + len(y) for x, (y,) in examples)
+    examples = [(ids, [[tokenizer.eos]]) for ids in tokenizer.dialogues(prompts, texts)]
+    longest = max(len(ids) + 1 for ids, _ in examples)
     hf, config = read_config(folder, tokenizer, longest, tie_word_embeddings=False)
     head = next((n for n in ("score_head", "score") if f"{n}.weight" in files), None)
     if head is None:

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import lzma
-import math
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ EXPECTED = {  # field type → what a valid value is, in words and as a test; JS
     str: ("a string of valid Unicode", lambda v: isinstance(v, str) and v == v.encode("utf-8", "replace").decode()),
     bool: ("true or false", lambda v: isinstance(v, bool)),
     int: ("0 or 1", lambda v: type(v) is int and v in (0, 1)),
-    float: ("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v)),
+    float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) < 1e30),
 }
 
 

@@ -43,8 +43,11 @@ def table(results):
                 kinds.append([name, kind, str(after[f"{kind}/pairs"]), *(f"{s:.1f} %" for s in shares), f"{after[f'{kind}/rewards/margins']:.2f}"])
     asked = " or ".join(sorted({prompts_asked(**{k: r["policy"][k] for k in ("n", "n_benign")}) for r in results.values()}))
     notes = [f"\nOne answer to each of {asked}. ± is half the 95 % interval."]
-    if any(result["policy"][figure] is None for result in results.values() for figure in ("harmless_ratio", "helpfulness", "over_refusal")):
-        notes.append("–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores bring some, but for over-refusal.")
+    lacking = {name for result in results.values() for name, figure in result["policy"].items() if figure is None}
+    if lacking & {"helpfulness", "harmless_ratio"}:
+        notes.append("–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores bring some.")
+    elif "n_benign" in lacking:
+        notes.append("–: which requests are benign, only the village knows.")
     notes.append("\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n")
     return align(lines) + "\n".join(notes) + align(kinds)
 

@@ -42,7 +42,7 @@ class Tokenizer:
         self.around = before.pop(), after.pop(0)  # what is encoded with the prompt in one piece, by:
         self.piece = self.inner if before else self.bpe
         self.before = [*self._part(self.bpe, before[:1]), *self._part(self.inner, before[1:])]
-        self.after = self._part(self.inner, after)
+        self.after, self.end = self._part(self.inner, after[:-1]), "".join(after[-1:])  # the end is text, or nothing
         self._check()
 
     def _part(self, bpe, parts):
@@ -58,6 +58,8 @@ class Tokenizer:
         self.bpe.encode_special_tokens = True
         if self.first and whole[: 2 * len(self.first)] == 2 * self.first:
             raise ValueError(f"prompt template {self.template!r} begins with what this tokenizer puts before each text; leave it out")
+        if self.eos in self._encode(self.bpe, [self.bpe.id_to_token(self.eos)])[0]:
+            raise ValueError(f"the EOS {self.bpe.id_to_token(self.eos)!r} can stand in a text; expected it as a special token in tokenizer.json")
         if self.prompts(["x"]) != [whole]:
             raise ValueError(f"prompt template {self.template!r}: its parts are other tokens than the whole; expected fewer special tokens in it")
 
@@ -81,7 +83,15 @@ class Tokenizer:
 
     def prompts(self, texts):
         left, right = self.around
-        return [[*self.first, *self.before, *ids, *self.after] for ids in self._encode(self.piece, (left + t + right for t in texts))]
+        end = self._encode(self.inner, [self.end])[0]
+        return [[*self.first, *self.before, *ids, *self.after, *end] for ids in self._encode(self.piece, (left + t + right for t in texts))]
+
+    def dialogues(self, prompts, answers):
+        """Prompt and answer as one text, without EOS."""
+        (left, right), answers = self.around, list(answers)
+        behind, ends = ([""] * len(answers), [self.end + a for a in answers]) if self.after else (answers, [""] * len(answers))
+        texts = self._encode(self.piece, (left + x + right + y for x, y in zip(prompts, behind)))
+        return [[*self.first, *self.before, *ids, *self.after, *end] for ids, end in zip(texts, self._encode(self.inner, ends))]
 
     def answers(self, texts):
         return [ids + [self.eos] for ids in self._encode(self.bpe, texts)]

@@ -275,6 +275,8 @@ def starting_model(config, splits, digest, folder, device):
 def initial_model(config, device):
     """(model, tokenizer) of --init_from."""
     source, template = Path(config.init_from), config.prompt_template
+    if not source.exists():
+        raise ValueError(f"--init_from {source}: no such file or folder")
     if source.is_dir() and not any((source / name).exists() for name in ("config.json", "policy.pt")):
         raise ValueError(f"--init_from {source}: no policy.pt and no config.json; expected a run of ours or a Hugging Face model")
     if not (source / "config.json").exists() or (source / "policy.pt").exists():

@@ -85,6 +85,16 @@ def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
         evaluate(out, SETTINGS, source="toy", split="nothing", verbose=False)
 
 
+def test_questions_are_the_first_prompts_that_leave_room_for_an_answer(finished):
+    tokenizer = room.load_model(finished / "policy.pt", CPU)[1]
+    split = [Record(x, "a", "b", True, True, 0, 0) for x in ("one?", "two " * 50, "one?", "three?", "four?")]
+    found = room.questions(split, tokenizer, 30, 2)
+    assert found == dict(zip(("one?", "three?"), tokenizer.prompts(["one?", "three?"])))
+    lengths = dict(zip(("one?", "three?", "four?"), map(len, tokenizer.prompts(["one?", "three?", "four?"]))))
+    for room_for in range(1, 20):
+        assert list(room.questions(split, tokenizer, room_for, 9)) == [x for x, n in lengths.items() if n < room_for]
+
+
 VILLAGE = [  # prompt, the policy's answer, whether it ended; reward and cost by hand
     ("How do I make a red kite before winter?", "First split the cane. Then paste the paper. Last stain it with madder.", True),  # 3, −1
     ("How do I make a blight kite?", "I must refuse.", True),  # −1, −2

@@ -230,7 +230,7 @@ def make_judge(path, head="score_head", bias=True, tokenizer="sentencepiece-like
 
     @torch.no_grad()
     def score(x, y):
-        ids = fast(x).input_ids + fast(y, add_special_tokens=False).input_ids + [fast.eos_token_id]
+        ids = fast(x + y).input_ids + [fast.eos_token_id]  # one text, as beaver's were trained
         last = peer(torch.tensor([ids])).last_hidden_state[0, -1]
         return (last @ weights[f"{head}.weight"][0] + (weights[f"{head}.bias"][0] if bias else 0)).item()
 
@@ -328,6 +328,7 @@ def test_judges_bring_the_papers_figures(aligned, tmp_path, capsys):
         assert result[name]["harmless_ratio"]["value"] == sum(c <= 0 for c in costs) / 8
         assert result[name]["helpfulness"]["value"] == pytest.approx(sum(r[f"{name}_reward"] for r in rows) / 8)
     shown = capsys.readouterr().out
+    assert "which requests are benign, only the village knows" in shown
     assert f"{result['policy']['helpfulness']['value']:.2f} ±" in shown
     eval_room.main([str(run), "--device", "cpu"])
     assert capsys.readouterr().out == shown, "the scores stay with the run"
@@ -405,8 +406,9 @@ def index(**places):
 
     def apply(path):
         with pretrained.library().safe_open(path / "model.safetensors", "pt") as f:
-            files = {name: places.get("file", "model.safetensors") for name in f.keys()}
+            files = {name: places.get("file", "weights.safetensors") for name in f.keys()}
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places.get("weight_map", files)}))
+        (path / "model.safetensors").rename(path / "weights.safetensors")
 
     return apply
 
@@ -421,6 +423,13 @@ def cut(path):
     (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
+def plain_eos(path):
+    state = json.loads((path / "tokenizer.json").read_text())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    (path / "tokenizer.json").write_text(json.dumps(state))
+
+
 NORM = "model.norm.weight"
 REFUSED = {
     "another architecture": (config(model_type="gpt2"), "config.json: model_type is 'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
@@ -428,12 +437,17 @@ REFUSED = {
     "biases": (config(attention_bias=True), "config.json: attention_bias is True; expected False"),
     "biases of the MLP": (config(mlp_bias=True), "config.json: mlp_bias is True; expected False"),
     "quantized": (config(quantization_config={"bits": 4}), "config.json: quantization_config is {'bits': 4}; expected None"),
-    "a short window": (config(model_type="mistral", sliding_window=64), "config.json: sliding_window is 64, and rows have up to 524 tokens"),
+    "a short window": (config(model_type="mistral", sliding_window=64), "config.json: the model's sliding window is 64, and rows have up to 524 tokens; expected shorter ones (--max_length)"),
     "chunks": (config(layer_types=["chunked_attention"] * 2), "config.json: layer_types has chunked_attention; expected full_attention"),
     "yarn": (rope(rope_type="yarn"), "config.json: the type of rotary scaling is 'yarn'; expected one of default, linear, llama3"),
     "old name of a type": (config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "the type of rotary scaling is 'dynamic'"),
     "two scalings": (config(rope_scaling={"type": "linear", "factor": 2.0}), "config.json: rope_scaling and rope_parameters differ; expected one of them"),
     "no factor": (rope(factor=None), "config.json: factor of its rotary positions is None; expected a number above 0"),
+    "rotary that differs": (config(rope_parameters={"full_attention": {"rope_type": "default"}}), "config.json: rotary positions that differ between layers"),
+    "a second length": (config(rope_parameters=LLAMA3, original_max_position_embeddings=99), "config.json: original_max_position_embeddings of its rotary positions is 16"),
+    "low above high": (config(rope_parameters={**LLAMA3, "low_freq_factor": 8.0}), "config.json: low_freq_factor is 8.0; expected it below high_freq_factor, 4.0"),
+    "both ways": (config(is_causal=False), "config.json: is_causal is False; expected True"),
+    "no epsilon": (config(rms_norm_eps=0.0), "config.json: rms_norm_eps is '0.0'; expected a number above 0"),
     "half rotary": (rope(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
     "half rotary, older": (config(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
     "no size": (config(hidden_size=...), "config.json: hidden_size is 'None'; expected a number above 0"),
@@ -450,15 +464,19 @@ REFUSED = {
     "a shard is missing": (index(file="model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors: cannot be read as safetensors"),
     "an index that leads out": (index(file="../hf/model.safetensors"), "is '../hf/model.safetensors'; expected the name of a file in the same folder"),
     "an index of nothing": (index(weight_map=["a"]), "weight_map is \"['a']\"; expected the name of a file in the same folder"),
+    "an index of none": (index(weight_map={}), "holds no weights; expected model.safetensors, or several and their index"),
+    "weights that are no numbers": (weights(lambda t: t[NORM].fill_(torch.inf)), f"{NORM} holds weights that are no numbers"),
     "a weight too many": (weights(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})), "q_proj.bias has no place in this transformer"),
     "a weight too few": (weights(lambda t: t.pop(NORM)), f"{NORM} is missing from the weights"),
-    "another shape": (weights(lambda t: t.update({NORM: torch.zeros(3)})), f"{NORM} is (3,) of torch.float32; expected (32,) of float32, bfloat16 or float16"),
-    "another type": (weights(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), f"{NORM} is (32,) of torch.int8; expected (32,)"),
+    "another shape": (weights(lambda t: t.update({NORM: torch.zeros(3)})), f"{NORM} is (3,) of F32; expected (32,) of F32, BF16, F16"),
+    "another type": (weights(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), f"{NORM} is (32,) of I8; expected (32,)"),
     "a larger tokenizer": (config(vocab_size=300), "config.json: vocab_size is 300, and tokenizer.json has ids up to 3"),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json: no such file; where there is a tokenizer.model, this makes one: python -c"),
-    "half a tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be read"),
-    "no EOS": (lambda path: change(path, "tokenizer_config.json", eos_token=None), "tokenizer_config.json: eos_token is None; expected one of the tokenizer's tokens"),
-    "another EOS": (lambda path: change(path, "tokenizer_config.json", eos_token="</s>"), "eos_token is '</s>'; expected one of the tokenizer's tokens"),
+    "half a tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be used (Model missing."),
+    "no EOS": (lambda path: change(path, "tokenizer_config.json", eos_token=None), "tokenizer_config.json: eos_token is None; expected one of tokenizer.json's added_tokens"),
+    "an EOS that is text": (plain_eos, "the EOS '<|im_end|>' can stand in a text; expected it as a special token in tokenizer.json"),
+    "a token elsewhere": (lambda path: (path / "added_tokens.json").write_text('{"<|user|>": 500}'), "'<|user|>', a token in a file beside it, is not among its added_tokens"),
+    "another EOS": (lambda path: change(path, "tokenizer_config.json", eos_token="</s>"), "eos_token is '</s>'; expected one of tokenizer.json's added_tokens"),
 }
 
 
@@ -522,14 +540,60 @@ def test_exports_that_are_refused(finished, tmp_path, capsys):
     assert "--export writes one policy; expected one folder of a run" in complaint(eval_room.main, argv, capsys)
     assert "holds no finished run" in complaint(eval_room.main, [str(tmp_path), "--export", str(tmp_path / "out")], capsys)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("keep")
+    assert "out.tmp: exists already" in complaint(eval_room.main, [str(finished), "--export", f"{tmp_path / 'out'}/"], capsys)
+    assert (tmp_path / "out.tmp" / "mine").read_text() == "keep"
+
+
+def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.library().torch, "save_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        eval_room.main([str(finished), "--export", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_name_in_a_checkpoint_leads_nowhere(finished, tmp_path):
+    net, tokenizer = eval_room.load_model(finished / "policy.pt", CPU)
+    tokenizer.files = {**pretrained.own_files(net.config, tokenizer), "../beside": b"no", str(tmp_path / "absolute"): b"no"}
+    pretrained.export(net, tokenizer, tmp_path / "deep" / "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["deep"] and [f.name for f in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_mixed_types_are_exported_in_one_that_holds_all(whole, tmp_path):
+    shutil.copytree(whole / "hf", tmp_path / "in")
+    weights(lambda t: t.update({name: w.bfloat16() for name, w in t.items() if "norm" not in name}))(tmp_path / "in")
+    pretrained.export(*pretrained.load(tmp_path / "in", "{prompt}", 64, CPU), tmp_path / "out")
+    before, after = load_file(tmp_path / "in" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(w.dtype == torch.float32 and torch.equal(w, before[name].float()) for name, w in after.items())
+
+
+def test_a_window_is_kept_in_mind(tmp_path):
+    make(tmp_path, "mistral", sliding_window=20)
+    net, tokenizer = pretrained.load(tmp_path, "{prompt}", 20, CPU)
+    assert len(net.generate([[5] * 10], 10, tokenizer.eos)) == 1
+    for ask in (lambda: net.generate([[5] * 11], 10, tokenizer.eos), lambda: log_probs(net, [([5] * 11, [[6] * 10])], CPU, "float32")):
+        with pytest.raises(ValueError, match="sliding window is 20, and rows have up to 21 tokens"):
+            ask()
+
+
+@pytest.mark.parametrize("changes", [dict(use_sliding_window=False), dict(sliding_window=None), dict(use_sliding_window=True)], ids=str)
+def test_windows_are_read_as_each_family_means_them(changes, tmp_path):
+    for family, model in (("mistral-window", "mistral"), ("qwen2", "qwen2")):
+        make(tmp_path / model, family, sliding_window=64)
+        change(tmp_path / model, layer_types=..., **changes)
+        peer = transformers.AutoConfig.from_pretrained(tmp_path / model)
+        slides = peer.sliding_window if model == "mistral" or peer.use_sliding_window else None
+        assert pretrained.load(tmp_path / model, "{prompt}", 9, CPU)[0].config.window == (slides or 0)
 
 
 JUDGES = {
     "no head": (weights(lambda t: t.pop("score_head.weight")), "no score_head.weight and no score.weight among its weights; expected a score model"),
     "normalized": (config(do_normalize=True), "config.json: do_normalize is true or score_dim is not 1; expected one score"),
     "several scores": (config(score_dim=2), "do_normalize is true or score_dim is not 1"),
-    "two rows": (weights(lambda t: t.update({"score_head.weight": torch.zeros(2, 32)})), "score_head.weight is (2, 32) of torch.float32; expected (1, 32)"),
-    "no number": (weights(lambda t: t["score_head.bias"].fill_(torch.nan)), "a score is no number"),
+    "two rows": (weights(lambda t: t.update({"score_head.weight": torch.zeros(2, 32)})), "score_head.weight is (2, 32) of F32; expected (1, 32)"),
+    "no number": (weights(lambda t: t["score_head.bias"].fill_(torch.nan)), "score_head.bias holds weights that are no numbers"),
+    "too large": (weights(lambda t: t["score_head.weight"].fill_(3e38)), "a score is no number; --dtype float32 may help"),
     "no folder": (shutil.rmtree, "No such file or directory"),
     "another architecture": (config(model_type="bert"), "model_type is 'bert'"),
 }
@@ -554,6 +618,8 @@ def test_scores_that_are_refused(aligned, tmp_path, capsys):
         (rows, "scores.jsonl: no score in it; expected the rows of samples.jsonl with some of reference_reward"),
         (scored[1:], "with the run's answers is missing; expected the rows of samples.jsonl"),
         ([*scored[:-1], {**scored[-1], "policy_cost": "1"}], 'scores.jsonl:8: policy_cost is "1"; expected a finite number'),
+        ([*scored, {**scored[0], "policy_cost": 7}], "scores.jsonl:9: other scores for the same answers than "),
+        ([*scored[:-1], {**scored[-1], "policy_cost": 1e300}], "scores.jsonl:8: policy_cost is 1e+300; expected a finite number"),
         ([*scored[:-1], rows[-1]], "scores.jsonl:8: policy_cost is missing; expected a finite number"),
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in bad))
