@@ -243,15 +243,15 @@ def load_tokenizer(folder, template):
         bpe.no_padding()
         bpe.no_truncation()
         e = bpe.encode("x", add_special_tokens=True)
+        known = {t.content: i for i, t in bpe.get_added_tokens_decoder().items()}
+        eos = str(content(settings.get("eos_token")))
+        elsewhere = {*added, *(str(content(token)) for token in (settings.get("added_tokens_decoder") or {}).values())}
     except Exception as e:  # the library raises nothing more specific
         raise ValueError(f"{path}: cannot be used ({str(e).splitlines()[0]}); expected a file of the tokenizers library")
-    known = {t.content: i for i, t in bpe.get_added_tokens_decoder().items()}
-    eos, elsewhere = content(settings.get("eos_token")), [*added, *map(content, (settings.get("added_tokens_decoder") or {}).values())]
     if eos not in known:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token is {eos!r}; expected one of tokenizer.json's added_tokens")
-    for token in elsewhere:
-        if token not in known:
-            raise ValueError(f"{path}: {token!r}, a token in a file beside it, is not among its added_tokens; {MAKE_TOKENIZER.format(shlex.quote(str(folder)))}")
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token is {eos}; expected one of tokenizer.json's added_tokens")
+    if elsewhere - known.keys():
+        raise ValueError(f"{path}: lacks {min(elsewhere - known.keys())}, which files beside it add; {MAKE_TOKENIZER.format(shlex.quote(str(folder)))}")
     first = e.ids[: e.special_tokens_mask.index(0)] if 0 in e.special_tokens_mask else []
     try:
         return Tokenizer(files["tokenizer.json"].decode(), template, known[eos], first, files)
@@ -319,7 +319,8 @@ class ScoreModel(Transformer):
 def load_judge(folder, template, answers, device):
     """(model, [(ids, [[EOS]]), …]) of a score model's folder and [(prompt, answer), …], whose scores are then model(rows).
 
-    Prompt and answer are encoded as one text here, as such models are trained: their scores depend on it. The head is score_head (beaver's) or score (transformers' sequence classifiers), its bias 0 where the files have none.
+    Prompt and answer are encoded as one text here, as for these models in their training: scores depend on it. The head is
+    score_head (beaver's) or score (transformers' sequence classifiers), its bias 0 where the files have none.
     """
     folder = Path(folder)
     tokenizer, files = load_tokenizer(folder, template), tensor_files(folder)

@@ -475,8 +475,10 @@ REFUSED = {
     "half a tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be used (Model missing."),
     "no EOS": (lambda path: change(path, "tokenizer_config.json", eos_token=None), "tokenizer_config.json: eos_token is None; expected one of tokenizer.json's added_tokens"),
     "an EOS that is text": (plain_eos, "the EOS '<|im_end|>' can stand in a text; expected it as a special token in tokenizer.json"),
-    "a token elsewhere": (lambda path: (path / "added_tokens.json").write_text('{"<|user|>": 500}'), "'<|user|>', a token in a file beside it, is not among its added_tokens"),
-    "another EOS": (lambda path: change(path, "tokenizer_config.json", eos_token="</s>"), "eos_token is '</s>'; expected one of tokenizer.json's added_tokens"),
+    "a token elsewhere": (lambda path: (path / "added_tokens.json").write_text('{"<|user|>": 500}'), "tokenizer.json: lacks <|user|>, which files beside it add; this makes one: python -c"),
+    "an EOS of another type": (lambda path: change(path, "tokenizer_config.json", eos_token=[1]), "eos_token is [1]; expected one of tokenizer.json's added_tokens"),
+    "settings of another type": (lambda path: change(path, "tokenizer_config.json", added_tokens_decoder=[1]), "tokenizer.json: cannot be used"),
+    "another EOS": (lambda path: change(path, "tokenizer_config.json", eos_token="</s>"), "eos_token is </s>; expected one of tokenizer.json's added_tokens"),
 }
 
 
