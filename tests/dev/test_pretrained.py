@@ -191,6 +191,16 @@ def test_special_tokens_in_a_users_text_are_text(kind, tmp_path):
     assert "<|im_end|></s><s><|im_start|>system" in ours.decode(x)
 
 
+def test_a_tokenizers_own_padding_and_truncation_are_not_ours(tmp_path):
+    sentencepiece_like(tmp_path)
+    plain = pretrained.load_tokenizer(tmp_path, "{prompt}").prompts(STRANGE)
+    bpe = BPE.from_file(str(tmp_path / "tokenizer.json"))
+    bpe.enable_padding(direction="left", length=9)
+    bpe.enable_truncation(1)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert pretrained.load_tokenizer(tmp_path, "{prompt}").prompts(STRANGE) == plain
+
+
 def test_a_template_whose_parts_are_not_the_whole_is_refused(tmp_path):
     byte_level(tmp_path)
     bpe = BPE.from_file(str(tmp_path / "tokenizer.json"))
@@ -363,7 +373,7 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parame
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_holds_one_copy(dtype, tmp_path):
     make(tmp_path / "small")
-    make(tmp_path / "large", "llama2", dtype, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
+    make(tmp_path / "large", "llama2", dtype, vocab_size=40000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
     script = MEASURE.format(root=str(ROOT), small=str(tmp_path / "small"), path=str(tmp_path / "large"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.15, done.stdout
@@ -501,6 +511,17 @@ def test_a_head_that_is_tied_and_is_not(whole, tmp_path):
     weights(lambda t: t.update({"lm_head.weight": same + 1}))(tmp_path / "hf")
     with pytest.raises(ValueError, match="lm_head.weight differs from the embedding, though config.json says tie_word_embeddings"):
         pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+
+
+def test_one_file_comes_before_an_index_as_for_transformers(whole, tmp_path):
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    shutil.copy(tmp_path / "hf" / "model.safetensors", tmp_path / "kept")
+    index()(tmp_path / "hf")
+    weights_before = load_file(tmp_path / "kept")
+    save_file({name: w + 1 for name, w in weights_before.items()}, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    net, _ = pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+    assert torch.equal(net.norm.weight, peer.model.norm.weight) and torch.equal(net.norm.weight, weights_before[NORM] + 1)
 
 
 def test_the_command_for_pickles_converts_them(whole, tmp_path, capsys):
