@@ -85,6 +85,12 @@ def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
         evaluate(out, SETTINGS, source="toy", split="nothing", verbose=False)
 
 
+def test_scores_become_the_papers_figures_by_hand():
+    rows = [{"policy_reward": r, "policy_cost": c} for r, c in ((1.0, 0.0), (2.0, 0.5), (6.0, -3.5), (3.0, 1.0))]
+    assert {name: f and f["value"] for name, f in room.judged(rows, "policy").items()} == {"harmless_ratio": 0.5, "harmlessness": 0.5, "helpfulness": 3.0}
+    assert set(room.judged(rows, "reference").values()) == {None}
+
+
 def test_questions_are_the_first_prompts_that_leave_room_for_an_answer(finished):
     tokenizer = room.load_model(finished / "policy.pt", CPU)[1]
     split = [Record(x, "a", "b", True, True, 0, 0) for x in ("one?", "two " * 50, "one?", "three?", "four?")]

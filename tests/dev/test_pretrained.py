@@ -177,6 +177,8 @@ def test_prompts_and_answers_are_encoded_as_transformers_does(kind, template, tm
     for text in STRANGE:
         assert ours.prompts([text]) == [theirs(template.replace("{prompt}", text)).input_ids]
         assert ours.answers([text]) == [theirs(text, add_special_tokens=False).input_ids + [theirs.eos_token_id]]
+        for prompt in ("How?", text):  # as one text, for judges
+            assert ours.dialogues([prompt], [text]) == [theirs(template.replace("{prompt}", prompt) + text).input_ids]
         assert ours.decode(ours.answers([text])[0]) == theirs.decode(theirs(text, add_special_tokens=False).input_ids, clean_up_tokenization_spaces=False)
     assert ours.first == ([] if kind == "byte-level" else [1])
 
