@@ -31,9 +31,15 @@ def join():
 
 
 def leave():
-    if dist.is_initialized():
-        dist.barrier()  # nobody hangs up on a process that is still sending
-        dist.destroy_process_group()
+    """Part from the other processes; all but the first end here."""
+    if not dist.is_initialized():
+        return
+    first = not rank()
+    dist.barrier()  # nobody hangs up on a process that is still sending
+    dist.destroy_process_group()
+    if not first:
+        sys.stderr.flush()
+        os._exit(0)  # its work is done, and a thread of a library's that outlives Python's end would abort it ("terminate called")
 
 
 def rank():

@@ -377,10 +377,7 @@ def main(argv=None):
         fit("safedpo", model, pairs, ref, loss, config.epochs, config.batch_size, config.lr, config, folder)
         save_model(folder / "policy.pt", model, tokenizer)
 
-    first = not parallel.rank()
     parallel.leave()
-    if not first:
-        return
     (folder / "state.pt").unlink(missing_ok=True)
     result = evaluate(folder, config, splits)
     print("\n" + table({str(folder): result}))
