@@ -378,6 +378,7 @@ def main(argv=None):
         save_model(folder / "policy.pt", model, tokenizer)
 
     parallel.leave()
+    del model  # evaluation loads both models, and may need its memory
     (folder / "state.pt").unlink(missing_ok=True)
     result = evaluate(folder, config, splits)
     print("\n" + table({str(folder): result}))
