@@ -21,7 +21,7 @@ import parallel
 import pretrained
 import records
 import toy_world
-from flags import autocast, flag, parse, pick_device, pick_dtype, run
+from flags import autocast, flag, parse, pick_device, pick_dtype, problems, run
 from model import ModelConfig, Transformer, move, pack_rows
 from report import plot, pyplot, side_by_side, table
 from safedpo import implicit_reward
@@ -284,7 +284,11 @@ def finished_run(folder):
     missing = [name for name in ("config.json", "reference.pt", "policy.pt") if not (Path(folder) / name).exists()]
     if missing:
         raise ValueError(f"{folder}: holds no finished run ({missing[0]} is missing); expected a folder that train.py wrote")
-    return checkpoint.read_json(Path(folder) / "config.json", needed=("data", "pairs", "beta", "delta", "max_length", *SAMPLING))
+    path, number = Path(folder) / "config.json", (int, float)
+    config = checkpoint.read_json(path, {"data": str, "pairs": str, "beta": number, "delta": number, "max_length": int, **dict.fromkeys(SAMPLING, number)})
+    for name, value, expected in problems(Settings, config):
+        raise ValueError(f"{path}: {name} is {checkpoint.show(value)}; expected {expected}")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +337,7 @@ def read_scores(path, rows):
         raise ValueError(f"{path}: no score in it; expected the rows of samples.jsonl with some of {', '.join(SCORES)} added")
     for row in rows:
         if key(row) not in scored:
-            raise ValueError(f"{path}: {records.show(row['prompt'])} with the run's answers is missing; expected the rows of samples.jsonl")
+            raise ValueError(f"{path}: {checkpoint.show(row['prompt'])} with the run's answers is missing; expected the rows of samples.jsonl")
         row.update(zip(names, records.take(scored[key(row)][0], dict.fromkeys(names, float), scored[key(row)][1])))
 
 

@@ -3,7 +3,9 @@ import argparse
 import ctypes
 import math
 import operator
+import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import field, fields, replace
 from pathlib import Path
 
@@ -48,20 +50,37 @@ def parse(settings, argv=None):
             metavar = None if about["choices"] else about["kind"].__name__.upper()
             parser.add_argument(f"--{f.name}", type=about["kind"], choices=about["choices"], metavar=metavar, **kwargs)
     given = vars(parser.parse_args(argv))
-    for f in fields(settings):
-        value = given.get(f.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"argument --{f.name}: {value} is out of range; expected a finite number")
-        for bound, (words, holds) in BOUNDS.items():
-            limit = f.metadata[bound]
-            if value is not None and limit is not None and not holds(value, limit):
-                parser.error(f"argument --{f.name}: {value} is out of range; expected {words} {limit}")
+    for name, value, expected in problems(settings, given):
+        parser.error(f"argument --{name}: {value} is out of range; expected {expected}")
     return given
 
 
+def problems(settings, values):
+    """(name, value, what is expected) of each of {name: value} that the flag of that name does not take."""
+    for f in fields(settings):
+        about, value = f.metadata, values.get(f.name)
+        kind, bounds = about["kind"], [(words, holds, about[bound]) for bound, (words, holds) in BOUNDS.items()]
+        if about["many"] or f.name not in values or (value is None and f.default is None):
+            continue
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            yield f.name, value, f"a value of type {kind.__name__}"
+        elif about["choices"] and value not in about["choices"]:
+            yield f.name, value, f"one of {', '.join(about['choices'])}"
+        elif kind is float and not (math.isfinite(value) and (value == 0 or 1e-30 <= abs(value) <= 1e30)):
+            yield f.name, value, "a finite number that float32 holds"
+        elif kind is int and abs(value) >= 2**53:
+            yield f.name, value, "a smaller one"
+        elif kind is str and value != value.encode("utf-8", "replace").decode():
+            yield f.name, value, "text in UTF-8"
+        else:
+            yield from ((f.name, value, f"{words} {limit}") for words, holds, limit in bounds if limit is not None and not holds(value, limit))
+
+
 def run(main):
-    """Call main. What the user can mend (ValueError, OSError, a loss that is no number) ends in one line and exit code 2."""
+    """Call main. What the user can mend (ValueError, OSError, a loss that is no number, too little memory) ends in one line and
+    exit code 2; SIGINT and SIGTERM in one line and 130."""
     tune_cpu()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Greek letters shows a question mark
     try:
@@ -69,9 +88,33 @@ def run(main):
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        reason = str(e).partition("\n")[0] or "MemoryError"
+        print(f"{Path(sys.argv[0]).name}: error: out of memory ({reason}); a smaller model or --micro_batch_size helps", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        print(": ".join(filter(None, (Path(sys.argv[0]).name, "interrupted", str(e)))), file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def stop_signals():
+    """`with stop_signals() as came:` lets work finish its step: came lists SIGINT and SIGTERM. The second interrupts at once."""
+    came, kinds = [], (signal.SIGINT, signal.SIGTERM)
+
+    def note(number, frame):
+        came.append(number)
+        for kind in kinds:
+            signal.signal(kind, signal.default_int_handler)
+
+    before = {kind: signal.signal(kind, note) for kind in kinds}
+    try:
+        yield came
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def tune_cpu():
@@ -90,7 +133,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except Exception as e:  # each kind of device has its own
         raise ValueError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
     return torch.device(name)
 

@@ -147,9 +147,9 @@ def tensor_files(folder):
     """{tensor's name: the file that holds it}, of one file, else of those in the index, else of model-*.safetensors."""
     index, shards = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not shards[0].exists() and index.exists():
-        files = checkpoint.read_json(index, needed=["weight_map"])["weight_map"]
-        for name, file in files.items() if isinstance(files, dict) else [("weight_map", files)]:
-            if not isinstance(file, str) or Path(file).name != file:
+        files = checkpoint.read_json(index, {"weight_map": dict})["weight_map"]
+        for name, file in files.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{index}: {name} is {str(file)[:60]!r}; expected the name of a file in the same folder")
         files = {name: folder / file for name, file in files.items()}
     else:

@@ -17,6 +17,7 @@ import numpy as np
 
 import safedpo
 import toy_world
+from checkpoint import LARGEST, parse_json, show
 from parallel import progress
 
 OPEN = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
@@ -58,11 +59,6 @@ def take(row, kinds, place):
     if "prompt" in kinds and not row["prompt"].strip():
         raise ValueError(f"{place}: prompt is empty; expected text")
     return [row[name] for name in kinds]
-
-
-def show(value):
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def pku_saferlhf(rows, notes):
@@ -150,34 +146,11 @@ def read_rows(path):
     number = 0
     try:
         with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(LARGEST + 1), b""), 1):
                 if line.strip():
-                    yield parse_line(line, f"{path}:{number}"), f"{path}:{number}"
+                    yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as e:
         raise ValueError(f"{path}:{number + 1}: cannot be unpacked ({e}); expected a whole file, packed as its name says")
-
-
-def parse_line(line, place):
-    """One line's bytes as a dict. ValueError names place, value and remedy."""
-    try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{place}: not valid JSON ({e.msg} at column {e.colno}); expected one object a line")
-    except (ValueError, RecursionError) as e:  # a field twice, a number of thousands of digits, brackets nested as deep
-        raise ValueError(f"{place}: JSON that cannot be read ({e}); expected the fields of PKU-SafeRLHF")
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: the row is {show(row)}; expected a JSON object")
-    return row
-
-
-def _unique(fields):
-    """A JSON object's fields as a dict; json itself would let the last of two labels win without a word."""
-    row = dict(fields)
-    if len(row) < len(fields):
-        raise ValueError(f"{Counter(name for name, _ in fields).most_common(1)[0][0]} is given twice")
-    return row
 
 
 class Records:

@@ -12,6 +12,7 @@ import os
 import shlex
 import time
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import pretrained
 import records
 import safedpo
 from eval import MODELS, Settings, evaluate, load_model, log_probs, preference_metrics
-from flags import autocast, flag, parse, pick_device, run, settle
+from flags import autocast, flag, parse, pick_device, problems, run, settle, stop_signals
 from model import ModelConfig, Transformer, move
 from report import side_by_side, table
 from tokenizer import TEMPLATES, Tokenizer
@@ -45,13 +46,13 @@ class Config(Settings):
     compile: bool = flag(None, "torch.compile; left out: on CUDA only", kind=bool)
     checkpointing: bool = flag(False, "compute a block's inner values again in the backward pass: less memory, a third slower")
     fsdp: bool = flag(False, "under torchrun: shard the model over the processes instead of a copy on each")
-    vocab_size: int = flag(4096, "of the tokenizer, at most", least=257)
+    vocab_size: int = flag(4096, "of the tokenizer, at most", least=257, most=2**24)
     max_length: int = flag(512, "tokens of a prompt and one answer; what is longer is cut", least=2)
-    n_layer: int = flag(2, "layers", above=0)
-    n_head: int = flag(4, "attention heads", above=0)
-    n_kv_head: int = flag(2, "heads of keys and values", above=0)
-    d_model: int = flag(128, "width", above=0)
-    d_ff: int = flag(256, "width of the SwiGLU", above=0)
+    n_layer: int = flag(2, "layers", above=0, most=1024)
+    n_head: int = flag(4, "attention heads", above=0, most=2**16)
+    n_kv_head: int = flag(2, "heads of keys and values", above=0, most=2**16)
+    d_model: int = flag(128, "width", above=0, most=2**20)
+    d_ff: int = flag(256, "width of the SwiGLU", above=0, most=2**22)
     sft_epochs: int = flag(None, "passes of SFT, which makes the reference; left out: 1 from nothing, 0 with --init_from", kind=int, least=0)
     sft_lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
     sft_batch_size: int = flag(8, "pairs a step of SFT, both answers of each", above=0)
@@ -105,7 +106,7 @@ def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, prec
     scaler.unscale_(optimizer)
     norm = parallel.plain(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     if not scaler.is_enabled() and not norm.isfinite():  # an enabled scaler skips the step and scales less
-        raise FloatingPointError(f"the gradient's norm is {norm.item()}")
+        raise FloatingPointError(f"the gradient's norm is {norm.item()} on pairs {[i for batch in batches for i in batch.pairs]}")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -140,13 +141,13 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     per_epoch = data.steps_per_epoch(pairs, batch_size)
     steps = epochs * per_epoch
-    first = restore(folder, stage, model, optimizer, scaler)
+    saved = first = restore(folder, stage, model, optimizer, scaler)
     model.train()
     share = dict(micro_batch_size=config.micro_batch_size, seed=config.seed, ref=ref, rank=parallel.rank(), size=parallel.size())
     coming = data.ahead(data.step_batches(pairs, step, batch_size, **share) for step in range(first, steps))
     path = os.devnull if parallel.rank() else folder / "metrics.jsonl"  # one process talks
     bar = tqdm(total=steps, initial=first, desc=stage, disable=parallel.rank() > 0)
-    with open(path, "a", encoding="utf-8") as log, bar:
+    with open(path, "a", encoding="utf-8") as log, bar, stop_signals() as signals:
         for step, batches in enumerate(coming, first):
             lr = learning_rate(step, steps, peak, config.warmup)
             for group in optimizer.param_groups:
@@ -156,16 +157,21 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
                     model, optimizer, scaler, batches, loss_function, config.grad_clip, precision
                 )
             except FloatingPointError as e:
-                raise FloatingPointError(f"{stage} step {step + 1}: {e}; a smaller learning rate or Δ/β helps")
+                raise FloatingPointError(f"{stage} step {step + 1}: {e}; {last_saved(folder, saved)}; a smaller learning rate or Δ/β helps")
             metrics = {} if figures is None else preference_metrics(*figures, config.beta)
             line = {"stage": stage, "step": step + 1, "epoch": (step + 1) / per_epoch, "loss": loss}
-            log.write(json.dumps({**line, **metrics, "grad_norm": norm, "learning_rate": lr}) + "\n")
+            log.write(json.dumps({**line, **metrics, "grad_norm": norm if math.isfinite(norm) else None, "learning_rate": lr}) + "\n")
             shown = {"loss": loss, "margin": metrics.get("rewards/margins"), "accuracy": metrics.get("rewards/accuracies")}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False)
             bar.update()
-            if (step + 1) % config.save_every == 0:
+            stop = parallel.total(torch.tensor(float(len(signals)), device=device)).item() > 0  # all processes, or none
+            if stop or (step + 1) % config.save_every == 0:
                 log.flush()
+                os.fsync(log.fileno())
                 keep(folder, stage, step + 1, model, optimizer, scaler)
+                saved = step + 1
+            if stop:
+                raise KeyboardInterrupt(last_saved(folder, saved))
     model.eval()
 
 
@@ -174,21 +180,30 @@ def keep(folder, stage, step, model, optimizer, scaler):
     weights, moments = parallel.training_state(model, optimizer)
     check_weights(weights)
     state = {"model": weights, "optimizer": moments, "scaler": scaler.state_dict()}
-    checkpoint.save(folder / "state.pt", {"stage": stage, "step": step, **state})
+    checkpoint.save(folder / "state.pt", {"stage": stage, "step": step, **state}, keep=True)
+
+
+def last_saved(folder, step):
+    return f"step {step} was saved, in {folder / 'state.pt'}" if step else "no step was saved yet"
 
 
 def restore(folder, stage, model, optimizer, scaler):
     """The step at which stage goes on: 0, or where the folder's state was saved. Metrics of lost steps are removed."""
     step, path, log = 0, folder / "state.pt", folder / "metrics.jsonl"
-    state = checkpoint.load(path) if path.exists() else {"stage": None}
-    if state["stage"] == stage:
-        step = state["step"]
-        parallel.load_training_state(model, optimizer, state["model"], state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    state = checkpoint.load_last(path)
+    if state.get("stage") == stage:
+        try:
+            step = state["step"]
+            parallel.load_training_state(model, optimizer, state["model"], state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+        except Exception as e:  # another program's, or another model's
+            raise ValueError(f"{path}: does not fit the run ({type(e).__name__}: {str(e).partition(chr(10))[0]}); without it {stage} begins anew")
     if log.exists() and not parallel.rank():
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-        with checkpoint.replacing(log) as f:
-            f.writelines(line for line in lines if json.loads(line)["stage"] != stage or json.loads(line)["step"] <= step)
+        with open(log, "rb") as f:
+            lines = [line for line in f if line.endswith(b"\n")]
+        known = [checkpoint.parse_json(line, f"{log}:{number}") for number, line in enumerate(lines, 1)]
+        with checkpoint.replacing(log, "wb") as f:
+            f.writelines(line for line, row in zip(lines, known) if row.get("stage") != stage or row.get("step") in range(step + 1))
     return step
 
 
@@ -196,7 +211,7 @@ def restore(folder, stage, model, optimizer, scaler):
 # Before and after the loop
 
 FILES = (  # what a run leaves in its folder
-    "config.json", "metrics.jsonl", "reference.pt", "policy.pt", "ref_logps.pt", "state.pt", "eval.json", "samples.jsonl",
+    "config.json", "metrics.jsonl", "reference.pt", "policy.pt", "ref_logps.pt", "state.pt", "state.previous.pt", "eval.json", "samples.jsonl",
 )
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")  # a checkpoint brings its own
 FREE_FLAGS = ("resume", "out_dir", "fsdp", "checkpointing", "compile", "micro_batch_size")  # may change on --resume: same gradients
@@ -212,18 +227,20 @@ def open_run(argv):
     config = Config(**given)
     folder = Path(config.out_dir or Path("runs") / run_name(given))
     saved = folder / "config.json"
-    if not config.resume and any((folder / name).exists() for name in FILES):
-        raise ValueError(f"{folder} already holds a run; --resume goes on with it, --out_dir FOLDER starts another")
-    if config.resume:
+    if not config.resume:
+        check_free(folder)
+    else:
         if not saved.exists():
-            raise ValueError(f"{folder} holds no run to resume (config.json is missing)")
-        names = [f.name for f in fields(Config)]
-        flags = checkpoint.read_json(saved, needed=[*names, "data_sha256"])
-        known = {name: flags[name] for name in names}
+            raise ValueError(f"{folder} holds no run to resume (config.json is missing); without --resume one starts")
+        flags = checkpoint.read_json(saved, {**{f.name: None for f in fields(Config)}, "data_sha256": str})
+        known = {f.name: flags[f.name] for f in fields(Config)}
+        for name, value, expected in problems(Config, known):
+            raise ValueError(f"{saved}: {name} is {checkpoint.show(value)}; expected {expected}")
         pick_device(known["device"])
-        for name, value in given.items():
-            if name in known and known[name] != value and name not in FREE_FLAGS and value != "auto":
-                raise ValueError(f"--{name} {value} contradicts the run in {folder}, which has {known[name]}")
+        other = [name for name in given if known[name] != given[name] and name not in FREE_FLAGS and given[name] != "auto"]
+        if other:
+            asked, has = (", ".join(f"--{name} {values[name]}" for name in other) for values in (given, known))
+            raise ValueError(f"{asked} contradicts the run in {folder}, which has {has}")
         free = {name: given[name] for name in FREE_FLAGS if name in given}
         config = Config(**{**known, "fsdp": False, **free, "out_dir": str(folder)})
     for name in SIZE_FLAGS:
@@ -245,6 +262,11 @@ def open_run(argv):
     return replace(config, **{**left_out, **given}, out_dir=str(folder)), folder
 
 
+def check_free(folder):
+    if any((folder / name).exists() for name in FILES):
+        raise ValueError(f"{folder} already holds a run; --resume goes on with it, --out_dir FOLDER starts another")
+
+
 def run_name(given):
     """A folder name that tells the flags given: toy-safedpo-delta5, toy-safedpo-delta5-lr0.001, …"""
     config = Config(**given)
@@ -257,9 +279,9 @@ def run_name(given):
     return plain.encode()[:100].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
-def starting_model(config, splits, digest, folder, device):
-    """(model, tokenizer, whether it is the reference already): from this run, an earlier one, --init_from, or nothing."""
-    source = folder / "reference.pt" if (folder / "reference.pt").exists() else find_reference(config, digest, folder)
+def starting_model(config, splits, source, folder, device):
+    """(model, tokenizer, whether it is the reference already): from this run's reference or another's (source), --init_from,
+    or nothing."""
     if source:
         print(f"reference: {source}" + ("" if source.parent == folder else ", trained earlier with the same settings"))
         return *load_model(source, device), True
@@ -305,10 +327,10 @@ def find_reference(config, digest, folder):
         return None  # what lies there may have changed
     for saved in sorted(folder.parent.glob("*/config.json")):
         try:
-            other = checkpoint.read_json(saved, needed=[*REFERENCE_FLAGS, "data_sha256"])
+            other = checkpoint.read_json(saved)
         except (ValueError, OSError):
             continue  # somebody else's folder
-        same = other["data_sha256"] == digest and all(other[name] == getattr(config, name) for name in REFERENCE_FLAGS)
+        same = other.get("data_sha256") == digest and all(other.get(name) == getattr(config, name) for name in REFERENCE_FLAGS)
         if same and (saved.parent / "reference.pt").exists():
             return saved.parent / "reference.pt"
 
@@ -330,26 +352,50 @@ def save_model(path, model, tokenizer):
 def reference_logps(model, pairs, config, folder, device):
     """(n, 2) log-probabilities of winners and losers under π_ref: constants of the run, computed once and kept with it."""
     path = folder / "ref_logps.pt"
-    if path.exists():
-        return checkpoint.load(path)["ref"]
+    ref = checkpoint.load_last(path).get("ref")
+    if isinstance(ref, torch.Tensor) and ref.shape == (len(pairs), 2):
+        return ref
     ref = log_probs(model, data.Examples(pairs), device, config.dtype, config.micro_batch_size, "reference log-probs")
     checkpoint.save(path, {"ref": ref})
     return ref
 
 
+@contextmanager
+def resumable(folder):
+    """What ends the run early says how it goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as e:
+        if not (folder / "config.json").exists():
+            raise
+        more = f"to go on: python train.py --resume --out_dir {shlex.quote(str(folder))}"
+        raise type(e)("; ".join(filter(None, (str(e), more)))) from e
+
+
 def main(argv=None):
-    start = time.time()
     parallel.join()
     config, folder = open_run(argv)
+    with ExitStack() as hold, resumable(folder):
+        if config.resume:
+            hold.enter_context(checkpoint.alone(folder))
+        train(config, folder, hold)
+
+
+def train(config, folder, hold):
+    """The whole run. hold: keeps a new folder to this process."""
+    start = time.time()
     device = torch.device(config.device)
     splits = records.load(config.data)
     digest, found = records.survey(splits)
-    if config.resume and checkpoint.read_json(folder / "config.json")["data_sha256"] != digest:
+    known = checkpoint.read_json(folder / "config.json") if config.resume else {"data_sha256": digest}
+    if known["data_sha256"] != digest:
         raise ValueError(f"{config.data} has changed since the run in {folder} began; --out_dir FOLDER starts another")
     print(f"{config.data}: " + "\n  ".join(found))
 
     home = torch.device("cpu") if config.fsdp else device  # a model to be sharded may not fit on one device
-    model, tokenizer, trained = starting_model(config, splits, digest, folder, home)
+    own = folder / "reference.pt"
+    source = known.get("reference") if config.resume else find_reference(config, digest, folder)  # once: others may come meanwhile
+    model, tokenizer, trained = starting_model(config, splits, own if own.exists() else source and Path(source), folder, home)
     noisy = records.flip_flags(splits["train"], config.label_noise, config.seed)
     pairs, cut = data.encode(records.choose_pairs(noisy, config.pairs, counts := Counter()), tokenizer, config.max_length, "tokenizing")
     data.encode(records.choose_pairs(splits["test"], "safedpo", Counter()), tokenizer, config.max_length, "tokenizing test")
@@ -362,9 +408,13 @@ def main(argv=None):
     done = {name for name in ("reference", "policy") if (folder / f"{name}.pt").exists()}
     parallel.barrier()  # every process has looked at the folder; whatever can be refused has been refused by now
     folder.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        hold.enter_context(checkpoint.alone(folder))
     if not parallel.rank():
+        if not config.resume:
+            check_free(folder)  # by now
         with checkpoint.replacing(folder / "config.json") as f:
-            json.dump({**asdict(config), "data_sha256": digest}, f, indent=1)
+            json.dump({**asdict(config), "data_sha256": digest, "reference": source and str(source)}, f, indent=1)
     model = parallel.wrap(prepare(model, config), device, config.fsdp)
     if not trained:
         answers, _ = data.encode((safedpo.helpful(r) for r in splits["train"]), tokenizer, config.max_length, "tokenizing for SFT")
@@ -379,7 +429,8 @@ def main(argv=None):
 
     parallel.leave()
     del model  # evaluation loads both models, and may need its memory
-    (folder / "state.pt").unlink(missing_ok=True)
+    for name in ("state.pt", "state.previous.pt"):
+        (folder / name).unlink(missing_ok=True)
     result = evaluate(folder, config, splits)
     print("\n" + table({str(folder): result}))
     with open(folder / "samples.jsonl", encoding="utf-8") as samples:

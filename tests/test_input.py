@@ -107,7 +107,7 @@ def test_configs_that_nobody_here_wrote(finished, folder, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("reference.pt", "policy.pt"):
         (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
-    for content, message in (("[]", "holds no JSON object"), ("{}", "missing; expected"), ("{", "not valid JSON")):
+    for content, message in (("[]", "holds []; expected a JSON object"), ("{}", "missing; expected"), ("{", "not valid JSON")):
         (tmp_path / "run" / "config.json").write_text(content)
         assert message in complaint(eval_room.main, [str(tmp_path / "run")], capsys)
         assert message in complaint(train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys)

@@ -22,14 +22,14 @@ MAY_IMPORT = {
     "flags": set(),
     "checkpoint": {"parallel"},
     "pretrained": {"model", "tokenizer", "checkpoint"},
-    "records": {"safedpo", "toy_world", "parallel"},
+    "records": {"safedpo", "toy_world", "checkpoint", "parallel"},
     "data": {"safedpo", "model", "parallel"},
     "eval": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report"},
     "train": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report", "eval"},
     "bench": {"safedpo", "model", "data", "flags", "eval", "train"},
 }
 OUTSIDE = {
-    "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch"}, "parallel": {"torch", "tqdm"}, "flags": {"torch"},
+    "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch", "filelock"}, "parallel": {"torch", "tqdm"}, "flags": {"torch"},
     "tokenizer": {"tokenizers"}, "pretrained": {"torch", "tokenizers", "safetensors"}, "report": {"matplotlib"},
     "records": {"numpy"}, "data": {"torch", "numpy"}, "eval": {"torch"}, "train": {"torch", "tqdm"},
     "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},

@@ -50,10 +50,10 @@ def test_bad_rows_are_named(raw, message):
         records_of([raw])
 
 
-@pytest.mark.parametrize("line, message", [(b"[1, 2]", r"the row is \[1, 2\]; expected a JSON object"), (b'"' + b"text" * 100 + b'"', "the row is \"texttext.*\\.\\.\\.; expected")])
+@pytest.mark.parametrize("line, message", [(b"[1, 2]", r"holds \[1, 2\]; expected a JSON object"), (b'"' + b"text" * 100 + b'"', "holds \"texttext.*\\.\\.\\.; expected")])
 def test_rows_that_are_no_objects(line, message):
     with pytest.raises(ValueError, match=f"^here:7: {message}"):
-        records.parse_line(line, "here:7")
+        records.parse_json(line, "here:7")
 
 
 def test_the_fields_of_2024_are_no_hindrance():
@@ -82,7 +82,7 @@ def test_files_and_folders_packed_or_not(tmp_path, suffix, opener):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"prompt": "x",, }', r"train.jsonl:3: not valid JSON \(.*column 16\); expected one object a line"),
+        (b'{"prompt": "x",, }', r"train.jsonl:3: not valid JSON \(.*column 16\); expected one object"),
         (b"", None),
         (b"{\xff\xfe", "train.jsonl:3: byte 2 is not UTF-8"),
         (json.dumps(ROW)[:-1].encode() + b', "is_response_1_safe": true}', "train.jsonl:3: .*is_response_1_safe is given twice"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toy_world
-from records import FORMATS, Record, load, parse_line, recognise
+from records import FORMATS, Record, load, parse_json, recognise
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -53,7 +53,7 @@ FIELDS = [*Record.__annotations__, "chosen", "rejected", "chosen_unsafe", "rejec
 
 
 def read(value):
-    row = parse_line(json.dumps(value).encode(), "f:1")
+    row = parse_json(json.dumps(value).encode(), "f:1")
     return list(FORMATS[recognise(row, "f:1")][0]([(row, "f:1")] * 2, Counter()))
 
 
@@ -70,7 +70,7 @@ def test_any_json_is_a_record_or_a_named_error(value):
 @given(st.binary())
 def test_any_bytes_are_a_row_or_a_named_error(line):
     try:
-        assert isinstance(parse_line(line, "f:1"), dict)
+        assert isinstance(parse_json(line, "f:1"), dict)
     except ValueError as e:
         assert str(e).startswith("f:1: ")
 
