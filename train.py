@@ -366,7 +366,7 @@ def resumable(folder):
     try:
         yield
     except (KeyboardInterrupt, OSError) as e:
-        if not (folder / "config.json").exists():
+        if not os.path.exists(folder / "config.json"):
             raise
         more = f"to go on: python train.py --resume --out_dir {shlex.quote(str(folder))}"
         raise type(e)("; ".join(filter(None, (str(e), more)))) from e

@@ -16,6 +16,10 @@ SHORT = "--batch_size 16 --sft_batch_size 16 --micro_batch_size 8 --epochs 1 --e
 TINY = "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 16 --vocab_size 400".split() + SHORT  # a second or two
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=5, help="how often tests/dev/test_survival.py kills a run, in each of its ways")
+
+
 @pytest.fixture(scope="session")
 def rows():
     """A folder with a small train and test split of the toy world, as JSON lines."""

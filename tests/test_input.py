@@ -87,7 +87,7 @@ def test_files_that_are_no_checkpoint(finished, folder, capsys, tmp_path):
     assert "--vocab_size 400: --init_from" in complaint(train.main, sized, capsys)
     for name, message in {
         "list.pt": "holds no model", "strange.pt": "holds no model of ours",
-        "text.pt": "not a checkpoint of ours", "cut.pt": "cut.pt: not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
+        "text.pt": "not a checkpoint of ours", "cut.pt": "cut.pt: damaged, or not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
         "other.pt": "holds no model", "": "policy.pt",
     }.items():
         argv = [*SHORT, "--data", str(folder), "--init_from", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]
