@@ -113,16 +113,17 @@ def alone(folder):
 # JSON
 
 
-def read_json(path, kinds=None):
+def read_json(path, needed=None):
     """The JSON object in the file at path. ValueError names the file where it is anything else, or where a value of
     {name: type, types or None for any} is missing or of another type."""
     with open(path, "rb") as f:
         value = parse_json(f.read(LARGEST + 1), path)
-    for name, kind in (kinds or {}).items():
+    for name, kind in (needed or {}).items():
         if name not in value:
             raise ValueError(f"{path}: {name} is missing; expected a file that this version of train.py wrote")
-        if kind and type(value[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
-            raise ValueError(f"{path}: {name} is {show(value[name])}; expected a file that this version of train.py wrote")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if kind and type(value[name]) not in kinds:
+            raise ValueError(f"{path}: {name} is {show(value[name])}; expected {' or '.join(k.__name__ for k in kinds)}")
     return value
 
 

@@ -167,7 +167,8 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
             stop = parallel.total(torch.tensor(float(len(signals)), device=device)).item() > 0  # all processes, or none
             if stop or (step + 1) % config.save_every == 0:
                 log.flush()
-                os.fsync(log.fileno())
+                if not parallel.rank():
+                    os.fsync(log.fileno())
                 keep(folder, stage, step + 1, model, optimizer, scaler)
                 saved = step + 1
             if stop:

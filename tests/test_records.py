@@ -85,7 +85,7 @@ def test_files_and_folders_packed_or_not(tmp_path, suffix, opener):
         (b'{"prompt": "x",, }', r"train.jsonl:3: not valid JSON \(.*column 16\); expected one object"),
         (b"", None),
         (b"{\xff\xfe", "train.jsonl:3: byte 2 is not UTF-8"),
-        (json.dumps(ROW)[:-1].encode() + b', "is_response_1_safe": true}', "train.jsonl:3: .*is_response_1_safe is given twice"),
+        (json.dumps(ROW)[:-1].encode() + b', "is_response_1_safe": true}', 'train.jsonl:3: .*"is_response_1_safe" is given twice'),
         (json.dumps(row(better_response_id="0")).encode(), 'train.jsonl:3: better_response_id is "0"; expected 0 or 1'),
     ],
 )

@@ -475,7 +475,7 @@ REFUSED = {
     "half a file": (cut, "model.safetensors: cannot be read as safetensors"),
     "a shard is missing": (index(file="model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors: cannot be read as safetensors"),
     "an index that leads out": (index(file="../hf/model.safetensors"), "is '../hf/model.safetensors'; expected the name of a file in the same folder"),
-    "an index of nothing": (index(weight_map=["a"]), "weight_map is \"['a']\"; expected the name of a file in the same folder"),
+    "an index of nothing": (index(weight_map=["a"]), 'weight_map is ["a"]; expected dict'),
     "an index of none": (index(weight_map={}), "holds no weights; expected model.safetensors, or several and their index"),
     "weights that are no numbers": (weights(lambda t: t[NORM].fill_(torch.inf)), f"{NORM} holds weights that are no numbers"),
     "a weight too many": (weights(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})), "q_proj.bias has no place in this transformer"),

@@ -42,7 +42,11 @@ def work(argv, out, fault, *about):
     train.parallel.leave = keeps
     if fault:
         fault(out, *about)
-    flags.run(lambda: train.main(argv))
+    try:
+        flags.run(lambda: train.main(argv))
+    except SystemExit as end:
+        sys.stderr.flush()
+        os._exit(end.code)  # some faults are in the way of multiprocessing's own end
 
 
 def start(folder, out, *extra, fault=(None,)):
