@@ -6,10 +6,12 @@
     python eval.py runs/alpaca --reward_model beaver-7b-unified-reward --cost_model beaver-7b-unified-cost
     python eval.py runs/alpaca --export alpaca-safedpo          the policy as a Hugging Face folder
 """
+import itertools
 import json
 import math
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,9 +222,10 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     }
     stored, _ = files(folder, asked)
     if stored.exists():
-        earlier = checkpoint.read_json(stored)
-        if {k: earlier.get(k) for k in result} == result:
-            return earlier
+        with suppress(ValueError):  # what cannot be read is made anew
+            earlier = checkpoint.read_json(stored, dict.fromkeys(MODELS, dict))
+            if {k: earlier.get(k) for k in result} == result:
+                return earlier
 
     loaded = {name: load_model(folder / f"{name}.pt", device) for name in MODELS}
     tokenizer, models = loaded["policy"][1], {name: model for name, (model, _) in loaded.items()}
@@ -297,7 +300,10 @@ def finished_run(folder):
 
 def judge(results, config):
     """Put scores of reward and cost models, or of a file, on the answers of {folder: result}: in place, and in its files."""
-    samples = {folder: [row for row, _ in records.read_rows(files(folder, result["settings"])[1])] for folder, result in results.items()}
+    samples = {folder: list(records.read_rows(files(folder, result["settings"])[1])) for folder, result in results.items()}
+    for row, place in itertools.chain(*samples.values()):
+        records.take(row, dict.fromkeys(("prompt", *MODELS), str), place)
+    samples = {folder: [row for row, _ in part] for folder, part in samples.items()}
     rows = [row for part in samples.values() for row in part]
     if config.scores:
         read_scores(Path(config.scores), rows)

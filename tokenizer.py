@@ -49,7 +49,11 @@ class Tokenizer:
         return [i for part in parts for i in ([self.special[part]] if part in self.special else self._encode(bpe, [part])[0])]
 
     def _encode(self, bpe, texts):
-        return [e.ids for e in bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+        texts = list(texts)
+        try:
+            return [e.ids for e in bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as e:  # the library raises nothing more specific
+            raise ValueError(f"the tokenizer cannot encode one of {len(texts)} texts ({e}); expected one that takes any text")
 
     def _check(self):
         """The template as it is encoded here, in parts, against the whole of it at once."""
@@ -84,7 +88,10 @@ class Tokenizer:
     def prompts(self, texts):
         left, right = self.around
         end = self._encode(self.inner, [self.end])[0]
-        return [[*self.first, *self.before, *ids, *self.after, *end] for ids in self._encode(self.piece, (left + t + right for t in texts))]
+        found = [[*self.first, *self.before, *ids, *self.after, *end] for ids in self._encode(self.piece, (left + t + right for t in texts))]
+        if not all(found):
+            raise ValueError(f"prompt template {self.template!r}: with some prompts it is no token at all; expected some text in it")
+        return found
 
     def dialogues(self, prompts, answers):
         """Prompt and answer as one text, without EOS."""

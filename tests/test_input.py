@@ -1,5 +1,6 @@
 """Bad input ends in one clear line and exit code 2, and nothing is overwritten."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,38 @@ import train
         (["--resume"], "holds no run to resume"),
         (["--sft_epochs", "0"], "--sft_epochs 0 needs a model to start from; expected --init_from FOLDER"),
         (["--init_from", "."], "--init_from .: no policy.pt and no config.json; expected a run of ours or a Hugging Face model"),
+        (["--delta", "1e39"], "argument --delta: 1e+39 is out of range; expected a finite number that float32 holds"),
+        (["--beta", "1e-40"], "argument --beta: 1e-40 is out of range; expected a finite number that float32 holds"),
+        (["--beta", "-0.1"], "argument --beta: -0.1 is out of range; expected above 0"),
+        (["--label_noise", "-0.1"], "argument --label_noise: -0.1 is out of range; expected at least 0"),
+        (["--seed", "-1"], "argument --seed: -1 is out of range; expected at least 0"),
+        (["--seed", "1" + "0" * 20], "argument --seed: 100000000000000000000 is out of range; expected a smaller one"),
+        (["--n_layer", "0"], "argument --n_layer: 0 is out of range; expected above 0"),
+        (["--n_layer", "1000000"], "argument --n_layer: 1000000 is out of range; expected at most 1024"),
+        (["--d_model", "2000000"], "argument --d_model: 2000000 is out of range"),
+        (["--d_model", "1000000", "--n_head", "2"], "out of memory"),
+        (["--d_ff", "0"], "argument --d_ff: 0 is out of range"),
+        (["--vocab_size", "10"], "argument --vocab_size: 10 is out of range; expected at least 257"),
+        (["--max_length", "1"], "argument --max_length: 1 is out of range; expected at least 2"),
+        (["--sft_epochs", "-1"], "argument --sft_epochs: -1 is out of range; expected at least 0"),
+        (["--sft_lr", "0"], "argument --sft_lr: 0.0 is out of range; expected above 0"),
+        (["--lr", "nan"], "argument --lr: nan is out of range; expected a finite number"),
+        (["--lr", "-1e-4"], "argument --lr: -0.0001 is out of range; expected above 0"),
+        (["--batch_size", "0"], "argument --batch_size: 0 is out of range"),
+        (["--micro_batch_size", "0"], "argument --micro_batch_size: 0 is out of range"),
+        (["--warmup", "1.1"], "argument --warmup: 1.1 is out of range; expected at most 1"),
+        (["--weight_decay", "-1"], "argument --weight_decay: -1.0 is out of range; expected at least 0"),
+        (["--grad_clip", "0"], "argument --grad_clip: 0.0 is out of range; expected above 0"),
+        (["--save_every", "0"], "argument --save_every: 0 is out of range"),
+        (["--eval_prompts", "0"], "argument --eval_prompts: 0 is out of range"),
+        (["--temperature", "-1"], "argument --temperature: -1.0 is out of range; expected at least 0"),
+        (["--top_p", "0"], "argument --top_p: 0.0 is out of range; expected above 0"),
+        (["--top_p", "1.01"], "argument --top_p: 1.01 is out of range; expected at most 1"),
+        (["--max_new_tokens", "0"], "argument --max_new_tokens: 0 is out of range"),
+        (["--prompt_template", "\udcff{prompt}"], "expected text in UTF-8"),
+        (["--data", "\udcff"], "expected text in UTF-8"),
+        (["--device", "hpu"], "--device hpu cannot be used here"),
+        (["--prompt_template", "{prompt}{prompt}"], "expected {prompt} in it once"),
         (["--prompt_template", "Q:"], "prompt template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, llama3"),
     ],
 )
@@ -113,6 +146,78 @@ def test_configs_that_nobody_here_wrote(finished, folder, capsys, tmp_path):
         assert message in complaint(train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys)
         train.main([*TINY, "--data", str(folder), "--out_dir", str(tmp_path / content.encode().hex())])  # it is in nobody's way
         capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("beta", None), ("beta", 0), ("beta", "x"), ("beta", float("nan")), ("delta", -1), ("seed", "0"), ("seed", []), ("seed", 1e9),
+     ("max_length", None), ("max_length", True), ("data", 5), ("data", None), ("pairs", []), ("top_p", 7), ("temperature", "hot"),
+     ("n_layer", 10**9), ("epochs", -2), ("pairs", "both"), ("lr", float("inf")), ("resume", "yes"), ("data_sha256", 5)],
+    ids=str,
+)  # fmt: skip
+def test_spoiled_configs_are_named(finished, capsys, tmp_path, name, value):
+    shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((finished / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, name: value}))
+    rooms = [(train.main, ["--resume", "--out_dir", str(tmp_path / "run")])]
+    if name in ("beta", "delta", "seed", "max_length", "data", "top_p", "temperature") and value not in (0, -1):
+        rooms.append((eval_room.main, [str(tmp_path / "run")]))
+    for main, argv in rooms:
+        assert f"run/config.json: {name} is " in complaint(main, argv, capsys)
+
+
+def test_every_flag_that_contradicts_is_named(finished, capsys):
+    argv = ["--resume", "--delta", "7", "--lr", "0.5", "--seed", "0", "--out_dir", str(finished)]
+    assert "--delta 7.0, --lr 0.5 contradicts the run in" in complaint(train.main, argv, capsys)
+
+
+def write(path, *splits):
+    for name, rows in zip(("train", "test"), splits):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_data_of_one_kind(rows, capsys, tmp_path):
+    label = lambda *safe: [{**row, "is_response_0_safe": safe[0], "is_response_1_safe": safe[1]} for row in rows["train"]]
+    (tmp_path / "safe").mkdir()
+    safe = write(tmp_path / "safe", label(True, True), label(True, True)[:9])
+    for delta in ("0", "9"):
+        train.main([*TINY, "--data", safe, "--delta", delta, "--out_dir", str(tmp_path / "runs" / delta)])
+    assert len({(tmp_path / "runs" / delta / "policy.pt").read_bytes() for delta in ("0", "9")}) == 1, "Δ is idle"
+    unsafe = write(tmp_path, label(False, False), rows["test"][:9])
+    assert "no pair is left: --pairs safedpo dropped all 96 rows; it needs rows with a safe answer" in complaint(
+        train.main, [*TINY, "--data", unsafe, "--out_dir", str(tmp_path / "none")], capsys
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_pair_and_one_prompt(rows, capsys, tmp_path):
+    row = {**rows["train"][0], "is_response_0_safe": True}
+    train.main([*TINY, "--data", write(tmp_path, [row], [row]), "--out_dir", str(tmp_path / "one")])
+    assert json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 1
+    train.main([*TINY, "--data", write(tmp_path, [row] * 5, [row] * 2), "--out_dir", str(tmp_path / "prompt")])
+    assert json.loads((tmp_path / "prompt" / "eval.json").read_text())["policy"]["n"] == 1
+    (tmp_path / "alone.jsonl").write_text(json.dumps(row))
+    assert "split by a hash of prompts: holds no row" in complaint(train.main, [*TINY, "--data", str(tmp_path / "alone.jsonl")], capsys)
+
+
+STRANGE = {
+    "right to left": "כיצד \u202eבונים\u202c עפיפון؟", "emoji": "👩‍👩‍👧‍👦🏳️‍🌈" * 9, "zero width": "a\u200bb\u200d\ufeff", "control": "a\x00\x07\x1b[31m\x7f\r\n\u2028",
+    "combining": "e" + "\u0301" * 500, "long": "knot " * 10_000, "blank": " ", "empty": "", "EOS": "<eos> first <eos><|im_end|></s>", "template": "{prompt} {0} %s",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+def test_strange_texts_train(finished, rows, tmp_path, text):
+    row = {**rows["train"][0], "prompt": f"How? {text[:200]}", "response_0": text, "is_response_0_safe": True}
+    argv = [*SHORT, "--data", write(tmp_path, [row] * 3, [row]), "--init_from", str(finished), "--out_dir", str(tmp_path / "run")]
+    train.main(argv)
+    answered = json.loads((tmp_path / "run" / "samples.jsonl").read_text())
+    assert answered["prompt"] == row["prompt"]
+    _, tokenizer = eval_room.load_model(finished / "policy.pt", torch.device("cpu"))
+    (ids,) = tokenizer.answers([text])
+    assert ids.index(tokenizer.eos) == len(ids) - 1, "an EOS in the text is text"
+    assert tokenizer.decode(ids) == text
 
 
 def test_resuming_on_other_data_is_refused(rows, capsys, tmp_path):

@@ -254,7 +254,7 @@ def test_a_stopped_run_resumes_to_the_bit(finished, folder, tmp_path, monkeypatc
 
 def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path):
     with pytest.raises(FloatingPointError):
-        train.main([*TINY, "--data", str(folder), "--sft_lr", "1e30", "--sft_batch_size", "500", "--out_dir", str(tmp_path)])
+        train.main([*TINY, "--data", str(folder), "--sft_lr", "1e30", "--weight_decay", "1e30", "--sft_batch_size", "500", "--out_dir", str(tmp_path)])
     assert not list(tmp_path.glob("*.pt"))
 
 
