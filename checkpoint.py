@@ -38,7 +38,9 @@ def load(path):
     """The state saved at path, on the CPU; reading it runs no code of the file's. ValueError if it is no such file, or damaged."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.save writes checksums and torch.load does not look at them
-            if damaged := next((part.filename for part in file.infolist() if part.compress_type), None) or file.testzip():
+            if any(part.compress_type or part.external_attr for part in file.infolist()):
+                raise ValueError("a part is packed or a folder, which torch.save's never are")
+            if damaged := file.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
@@ -132,7 +134,7 @@ def parse_json(raw, place):
     if len(raw) > LARGEST:
         raise ValueError(f"{place}: more than {LARGEST >> 20} MiB of JSON at once; expected less")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except UnicodeDecodeError as e:
         raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
     except json.JSONDecodeError as e:
@@ -152,6 +154,10 @@ def _unique(fields):
     if len(value) < len(fields):
         raise ValueError(f"{show(Counter(name for name, _ in fields).most_common(1)[0][0])} is given twice")
     return value
+
+
+def _no_number(name):
+    raise ValueError(f"{name} is no number")
 
 
 def _deep(value):

@@ -160,7 +160,8 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
                 raise FloatingPointError(f"{stage} step {step + 1}: {e}; {last_saved(folder, saved)}; a smaller learning rate or Δ/β helps")
             metrics = {} if figures is None else preference_metrics(*figures, config.beta)
             line = {"stage": stage, "step": step + 1, "epoch": (step + 1) / per_epoch, "loss": loss}
-            log.write(json.dumps({**line, **metrics, "grad_norm": norm if math.isfinite(norm) else None, "learning_rate": lr}) + "\n")
+            line |= metrics | {"grad_norm": norm, "learning_rate": lr}
+            log.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}) + "\n")
             shown = {"loss": loss, "margin": metrics.get("rewards/margins"), "accuracy": metrics.get("rewards/accuracies")}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False)
             bar.update()

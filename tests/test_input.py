@@ -51,7 +51,7 @@ import train
         (["--sft_epochs", "-1"], "argument --sft_epochs: -1 is out of range; expected at least 0"),
         (["--sft_lr", "0"], "argument --sft_lr: 0.0 is out of range; expected above 0"),
         (["--lr", "nan"], "argument --lr: nan is out of range; expected a finite number"),
-        (["--lr", "-1e-4"], "argument --lr: -0.0001 is out of range; expected above 0"),
+        (["--lr=-1e-4"], "argument --lr: -0.0001 is out of range; expected above 0"),
         (["--batch_size", "0"], "argument --batch_size: 0 is out of range"),
         (["--micro_batch_size", "0"], "argument --micro_batch_size: 0 is out of range"),
         (["--warmup", "1.1"], "argument --warmup: 1.1 is out of range; expected at most 1"),
@@ -163,7 +163,8 @@ def test_spoiled_configs_are_named(finished, capsys, tmp_path, name, value):
     if name in ("beta", "delta", "seed", "max_length", "data", "top_p", "temperature") and value not in (0, -1):
         rooms.append((eval_room.main, [str(tmp_path / "run")]))
     for main, argv in rooms:
-        assert f"run/config.json: {name} is " in complaint(main, argv, capsys)
+        expected = "NaN is no number" if value != value else "Infinity is no number" if value == float("inf") else f"{name} is "
+        assert "run/config.json: " in (error := complaint(main, argv, capsys)) and expected in error
 
 
 def test_every_flag_that_contradicts_is_named(finished, capsys):
@@ -184,7 +185,9 @@ def test_data_of_one_kind(rows, capsys, tmp_path):
     for delta in ("0", "9"):
         train.main([*TINY, "--data", safe, "--delta", delta, "--out_dir", str(tmp_path / "runs" / delta)])
     assert len({(tmp_path / "runs" / delta / "policy.pt").read_bytes() for delta in ("0", "9")}) == 1, "Δ is idle"
-    unsafe = write(tmp_path, label(False, False), rows["test"][:9])
+    (tmp_path / "unsafe").mkdir()
+    capsys.readouterr()
+    unsafe = write(tmp_path / "unsafe", label(False, False), rows["test"][:9])
     assert "no pair is left: --pairs safedpo dropped all 96 rows; it needs rows with a safe answer" in complaint(
         train.main, [*TINY, "--data", unsafe, "--out_dir", str(tmp_path / "none")], capsys
     )
@@ -193,12 +196,12 @@ def test_data_of_one_kind(rows, capsys, tmp_path):
 
 def test_one_pair_and_one_prompt(rows, capsys, tmp_path):
     row = {**rows["train"][0], "is_response_0_safe": True}
+    (tmp_path / "alone.jsonl").write_text(json.dumps(row))
+    assert "split by a hash of prompts: holds no row" in complaint(train.main, [*TINY, "--data", str(tmp_path / "alone.jsonl")], capsys)
     train.main([*TINY, "--data", write(tmp_path, [row], [row]), "--out_dir", str(tmp_path / "one")])
     assert json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 1
     train.main([*TINY, "--data", write(tmp_path, [row] * 5, [row] * 2), "--out_dir", str(tmp_path / "prompt")])
     assert json.loads((tmp_path / "prompt" / "eval.json").read_text())["policy"]["n"] == 1
-    (tmp_path / "alone.jsonl").write_text(json.dumps(row))
-    assert "split by a hash of prompts: holds no row" in complaint(train.main, [*TINY, "--data", str(tmp_path / "alone.jsonl")], capsys)
 
 
 STRANGE = {

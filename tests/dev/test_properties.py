@@ -1,6 +1,7 @@
 """Properties over inputs that nobody thought of."""
 import json
 import math
+import re
 from collections import Counter
 from itertools import islice
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toy_world
-from records import FORMATS, Record, load, parse_json, recognise
+from records import FORMATS, Record, load, parse_json, read_jsonl, recognise
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -57,30 +58,67 @@ def read(value):
     return list(FORMATS[recognise(row, "f:1")][0]([(row, "f:1")] * 2, Counter()))
 
 
-@settings(max_examples=1000)
-@given(values | st.dictionaries(st.sampled_from(FIELDS), values | st.just("text") | st.just([{"role": "user", "content": "text"}])))
-def test_any_json_is_a_record_or_a_named_error(value):
+ROW = toy_world.splits(n_train=1)["train"][0]
+CHAT = {"prompt": "x", "chosen": [{"role": "assistant", "content": "y"}], "rejected": "z", "chosen_unsafe": False, "rejected_unsafe": True}
+MANY = settings(max_examples=5000, deadline=None)
+
+
+def named(do):
+    """do() gives a value, or a ValueError of one line that names file and line."""
     try:
-        assert all(isinstance(r, Record) for r in read(value))
+        return do()
     except ValueError as e:
         assert str(e).startswith("f:1: ") and "\n" not in str(e)
 
 
-@settings(max_examples=500)
+@MANY
+@given(values | st.dictionaries(st.sampled_from(FIELDS), values | st.just("text") | st.just([{"role": "user", "content": "text"}])))
+def test_any_json_is_a_record_or_a_named_error(value):
+    assert all(isinstance(r, Record) for r in named(lambda: read(value)) or [])
+
+
+@MANY
+@given(st.sampled_from([ROW, CHAT, {"prompt": "x", "response": "y", "is_safe": True}]), st.data())
+def test_a_row_with_a_spoiled_field_is_a_record_or_a_named_error(row, draw):
+    name = draw.draw(st.sampled_from(sorted(row)))
+    spoiled = {**row, name: draw.draw(values | st.text(alphabet=st.characters(categories=["Cs", "Cc", "Cf", "Lo"])))}
+    for r in named(lambda: read(spoiled)) or []:
+        assert all(type(v) is kind for v, kind in zip(vars(r).values(), Record.__annotations__.values()))
+        (r.prompt + r.response_0 + r.response_1).encode()
+
+
+@MANY
 @given(st.binary())
 def test_any_bytes_are_a_row_or_a_named_error(line):
+    assert isinstance(named(lambda: parse_json(line, "f:1")), (dict, type(None)))
+
+
+@MANY
+@given(st.integers(0, 10**6), st.binary(max_size=3), st.integers(0, 3))
+def test_a_row_with_bytes_changed_is_a_record_or_a_named_error(place, patch, gone):
+    raw = json.dumps(ROW, ensure_ascii=False).encode()
+    place %= len(raw)
+    line = raw[:place] + patch + raw[place + gone :]
+    assert all(isinstance(r, Record) for r in named(lambda: list(FORMATS[recognise(row := parse_json(line, "f:1"), "f:1")][0]([(row, "f:1")], Counter()))) or [])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary() | st.lists(st.sampled_from([json.dumps(ROW), "", "{", "\x00", "[]", json.dumps(CHAT)])).map(lambda part: "\n".join(part).encode()), st.sampled_from(["jsonl", "jsonl.gz", "jsonl.xz"]))
+def test_any_file_is_records_or_a_named_error(tmp_path_factory, raw, suffix):
+    path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
+    path.write_bytes(raw)
     try:
-        assert isinstance(parse_json(line, "f:1"), dict)
+        assert all(isinstance(r, Record) for r in read_jsonl(path, Counter()))
     except ValueError as e:
-        assert str(e).startswith("f:1: ")
+        assert re.match(rf"{re.escape(str(path))}:\d+: ", str(e)) and "\n" not in str(e)
 
 
 tokenizer = Tokenizer.train(islice(load("toy")["train"], 200), 400, TEMPLATES["plain"])
 
 
-@settings(deadline=None)
-@given(st.text())
-def test_any_text_round_trips(text):
+@settings(max_examples=1000, deadline=None)
+@given(st.text() | st.lists(st.sampled_from(["<eos>", "<", "eos>", " ", "\u200b", "\u202e", "👩\u200d👧", "\x00", "<|im_end|>"])).map("".join))
+def test_any_text_round_trips_and_ends_once(text):
     (ids,) = tokenizer.answers([text])
     assert tokenizer.decode(ids) == text and ids.count(tokenizer.eos) == 1
 
