@@ -188,6 +188,9 @@ def load(data):
         for split, found in files.items():
             if not found:
                 raise ValueError(f"{path}: no {split} file; expected {split}.jsonl, {split}.jsonl.gz or {split}.jsonl.xz")
+            for file in found:
+                if (file.with_suffix("") if file.suffix != ".jsonl" else None) in found:
+                    raise ValueError(f"{file}: stands beside the same without {file.suffix}; expected one of them")
         return {split: _of_files(found, ", ".join(map(str, found))) for split, found in files.items()}
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; --data takes toy, a .jsonl file, or a folder of them")
