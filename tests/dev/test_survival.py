@@ -175,6 +175,34 @@ def test_killed_between_write_and_rename(alone, folder, tmp_path, request):
         assert_same(out, alone[0])
 
 
+def dies_in(out, room, name, call):
+    do, calls = getattr(sys.modules[room], name), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do(*args, **kwargs)
+
+    setattr(sys.modules[room], name, dying)
+
+
+MOMENTS = [
+    ("before the first file", "records", "survey", 1), ("SFT", "train", "train_step", 1), ("SFT", "train", "train_step", 6),
+    ("reference pass", "eval", "pack_rows", 1), ("reference pass", "eval", "pack_rows", 5), ("SafeDPO", "train", "train_step", 20),
+    ("evaluation", "eval", "pack_rows", 11), ("evaluation", "eval", "sample_answers", 1), ("evaluation", "eval", "sample_answers", 2),
+    ("evaluation", "eval", "keep", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("doing, room, name, call", MOMENTS)
+def test_killed_in_every_stage(alone, folder, tmp_path, doing, room, name, call):
+    out = tmp_path / "run"
+    assert finish(folder, out, fault=(dies_in, room, name, call)) == -signal.SIGKILL and moment(out) == doing
+    assert finish(folder, out) == 0, told(out)
+    assert_same(out, alone[0])
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_with_a_checkpoint(alone, folder, tmp_path, kind):
     expected, seconds = alone
