@@ -234,7 +234,7 @@ def open_run(argv):
     else:
         if not saved.exists():
             raise ValueError(f"{folder} holds no run to resume (config.json is missing); without --resume one starts")
-        flags = checkpoint.read_json(saved, {**{f.name: None for f in fields(Config)}, "data_sha256": str})
+        flags = checkpoint.read_json(saved, {**{f.name: None for f in fields(Config)}, "data_sha256": str, "reference": (str, type(None))})
         known = {f.name: flags[f.name] for f in fields(Config)}
         for name, value, expected in problems(Config, known):
             raise ValueError(f"{saved}: {name} is {checkpoint.show(value)}; expected {expected}")

@@ -152,7 +152,7 @@ def test_configs_that_nobody_here_wrote(finished, folder, capsys, tmp_path):
     "name, value",
     [("beta", None), ("beta", 0), ("beta", "x"), ("beta", float("nan")), ("delta", -1), ("seed", "0"), ("seed", []), ("seed", 1e9),
      ("max_length", None), ("max_length", True), ("data", 5), ("data", None), ("pairs", []), ("top_p", 7), ("temperature", "hot"),
-     ("n_layer", 10**9), ("epochs", -2), ("pairs", "both"), ("lr", float("inf")), ("resume", "yes"), ("data_sha256", 5)],
+     ("n_layer", 10**9), ("epochs", -2), ("pairs", "both"), ("lr", float("inf")), ("resume", "yes"), ("data_sha256", 5), ("reference", 5)],
     ids=str,
 )  # fmt: skip
 def test_spoiled_configs_are_named(finished, capsys, tmp_path, name, value):

@@ -15,6 +15,8 @@ from records import FORMATS, Record, load, parse_json, read_jsonl, recognise
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 from tokenizer import TEMPLATES, Tokenizer
 
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 nats = st.floats(-1e4, 1e4, width=32)
 flag = st.integers(0, 1)
 values = st.recursive(
@@ -64,7 +66,7 @@ def read_line(line):
 
 ROW = toy_world.splits(n_train=1)["train"][0]
 CHAT = {"prompt": "x", "chosen": [{"role": "assistant", "content": "y"}], "rejected": "z", "chosen_unsafe": False, "rejected_unsafe": True}
-MANY = settings(max_examples=5000, deadline=None)
+MANY = settings(max_examples=5000)
 
 
 def named(do):
@@ -106,7 +108,7 @@ def test_a_row_with_bytes_changed_is_a_record_or_a_named_error(place, patch, gon
     assert all(isinstance(r, Record) for r in named(lambda: read_line(line)) or [])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.binary() | st.lists(st.sampled_from([json.dumps(ROW), "", "{", "\x00", "[]", json.dumps(CHAT)])).map(lambda part: "\n".join(part).encode()), st.sampled_from(["jsonl", "jsonl.gz", "jsonl.xz"]))
 def test_any_file_is_records_or_a_named_error(tmp_path_factory, raw, suffix):
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
@@ -120,7 +122,7 @@ def test_any_file_is_records_or_a_named_error(tmp_path_factory, raw, suffix):
 tokenizer = Tokenizer.train(islice(load("toy")["train"], 200), 400, TEMPLATES["plain"])
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.text() | st.lists(st.sampled_from(["<eos>", "<", "eos>", " ", "\u200b", "\u202e", "👩\u200d👧", "\x00", "<|im_end|>"])).map("".join))
 def test_any_text_round_trips_and_ends_once(text):
     (ids,) = tokenizer.answers([text])
