@@ -77,6 +77,8 @@ def _encode(pairs, tokenizer, max_length, counts):
     while part := list(itertools.islice(pairs, AT_ONCE)):
         columns = (tokenizer.prompts(p.x for p in part), tokenizer.answers(p.y_w for p in part), tokenizer.answers(p.y_l for p in part))
         for pair, x, y_w, y_l in zip(part, *columns):
+            if not x:
+                raise ValueError(f"the prompt {pair.x!r} is no token at all in template {tokenizer.template!r}; expected some text in it")
             room = max_length - len(x)
             if room < 1:
                 counts["prompt too long"] += 1

@@ -6,6 +6,8 @@ from itertools import islice
 
 import pytest
 import torch
+from tokenizers import Tokenizer as BPE
+from tokenizers import models
 
 import data
 from data import ahead, encode, step_batches, steps_per_epoch
@@ -28,6 +30,17 @@ def test_any_text_round_trips_and_ends_in_one_eos(tokenizer):
     for text, ids in zip(TEXTS, tokenizer.answers(TEXTS)):
         assert ids[-1] == tokenizer.eos and ids.count(tokenizer.eos) == 1
         assert tokenizer.decode(ids) == text
+
+
+def test_a_prompt_of_no_token_and_a_text_of_no_token_are_refused(tokenizer):
+    bare = Tokenizer(tokenizer.serialized, "{prompt}", tokenizer.eos)
+    with pytest.raises(ValueError, match="the prompt '' is no token at all in template"):
+        encode([Pair("", "yes", "no", 0, 0)], bare, 10)
+    words = BPE(models.WordLevel({"<eos>": 0, "yes": 1}))  # no token for the unknown
+    words.add_special_tokens(["<eos>"])
+    words = Tokenizer.__new__(Tokenizer), words
+    with pytest.raises(ValueError, match="the tokenizer cannot encode one of 2 texts"):
+        words[0]._encode(words[1], ["yes", "other"])
 
 
 def test_tokenizer_survives_saving(tokenizer):
