@@ -180,7 +180,7 @@ def fit(stage, model, pairs, ref, loss_function, epochs, batch_size, peak, confi
 def keep(folder, stage, step, model, optimizer, scaler):
     """Save what a resumed run goes on from. The step is the data cursor; nothing else has a state."""
     weights, moments = parallel.training_state(model, optimizer)
-    check_weights(weights)
+    check_weights(weights, f"{stage} step {step}: ")
     state = {"model": weights, "optimizer": moments, "scaler": scaler.state_dict()}
     checkpoint.save(folder / "state.pt", {"stage": stage, "step": step, **state}, keep=True)
 
@@ -337,11 +337,11 @@ def find_reference(config, digest, folder):
             return saved.parent / "reference.pt"
 
 
-def check_weights(weights):
+def check_weights(weights, place=""):
     """FloatingPointError if a weight is no number, so that the last good checkpoint stays."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise FloatingPointError(f"{name} holds weights that are no numbers; a smaller learning rate or Δ/β helps")
+            raise FloatingPointError(f"{place}{name} holds weights that are no numbers; a smaller learning rate or Δ/β helps")
 
 
 def save_model(path, model, tokenizer):
