@@ -258,6 +258,18 @@ def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path):
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_weights_that_are_no_numbers_leave_the_last_state(tmp_path):
+    model = make()
+    optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", enabled=False)
+    step(model, optimizer, token_pairs(), None, loss=train.sft_loss)
+    train.keep(tmp_path, "sft", 6, model, optimizer, scaler)
+    with torch.no_grad():
+        model.embedding.weight[3, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="sft step 7: embedding.weight holds weights that are no numbers"):
+        train.keep(tmp_path, "sft", 7, model, optimizer, scaler)
+    assert torch.load(tmp_path / "state.pt")["step"] == 6
+
+
 def test_flags_of_the_machine_may_change_on_resume(finished, capsys):
     config, _ = train.open_run(["--resume", "--checkpointing", "--compile", "--micro_batch_size", "2", "--out_dir", str(finished)])
     assert (config.checkpointing, config.compile, config.micro_batch_size) == (True, True, 2)
