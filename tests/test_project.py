@@ -27,11 +27,12 @@ MAY_IMPORT = {
     "eval": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report"},
     "train": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report", "eval"},
     "bench": {"safedpo", "model", "data", "flags", "eval", "train"},
+    "theory": {"safedpo", "model", "flags", "checkpoint"},
 }
 OUTSIDE = {
     "safedpo": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch", "filelock"}, "parallel": {"torch", "tqdm"}, "flags": {"torch"},
     "tokenizer": {"tokenizers"}, "pretrained": {"torch", "tokenizers", "safetensors"}, "report": {"matplotlib"},
-    "records": {"numpy"}, "data": {"torch", "numpy"}, "eval": {"torch"}, "train": {"torch", "tqdm"},
+    "records": {"numpy"}, "data": {"torch", "numpy"}, "eval": {"torch"}, "train": {"torch", "tqdm"}, "theory": {"torch"},
     "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
