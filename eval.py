@@ -8,11 +8,10 @@
 """
 import itertools
 import json
-import math
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,13 +22,16 @@ import parallel
 import pretrained
 import records
 import toy_world
+from estimate import Limit, distance, mean, share
 from flags import autocast, flag, parse, pick_device, pick_dtype, problems, run
 from model import ModelConfig, Transformer, move, pack_rows
 from report import plot, pyplot, side_by_side, table
 from safedpo import implicit_reward
 from tokenizer import TEMPLATES, Tokenizer
 
-ROWS_AT_ONCE = 64  # rows in one forward pass, and prompts in one batch of samples
+ROWS_AT_ONCE = 64  # rows in one forward pass
+SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
+LIMIT_SAMPLES = 32  # answers of the reference to each prompt, from which Eq. 9's optimum is estimated
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def sample_answers(model, prompts, eos, settings, device, dtype, title=None):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device).manual_seed(settings.seed)
     answers = [None] * len(prompts)
-    for start in parallel.progress(range(0, len(order), ROWS_AT_ONCE), title):
-        part = order[start : start + ROWS_AT_ONCE]
+    for start in parallel.progress(range(0, len(order), SAMPLES_AT_ONCE), title):
+        part = order[start : start + SAMPLES_AT_ONCE]
         with autocast(device, dtype):
             sampled = model.generate(
                 [prompts[i] for i in part], settings.max_new_tokens, eos, settings.temperature, settings.top_p, generator
@@ -122,27 +124,6 @@ def sample_answers(model, prompts, eos, settings, device, dtype, title=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
-
-
-def mean(values):
-    """{"value", "ci95"} of a mean, by the normal approximation. None without values."""
-    n = len(values)
-    if not n:
-        return None
-    m = sum(values) / n
-    half = 1.96 * math.sqrt(sum((v - m) ** 2 for v in values) / max(n - 1, 1) / n)
-    return {"value": m, "ci95": [m - half, m + half]}
-
-
-def share(hits):
-    """{"value", "ci95"} of a proportion, by Wilson's interval. None without hits."""
-    n, z = len(hits), 1.96
-    if not n:
-        return None
-    p = sum(map(bool, hits)) / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return {"value": p, "ci95": [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]}
 
 
 def is_degenerate(text, ended):
@@ -199,6 +180,34 @@ def figures_of(rows, name, ids, kl, eos, annotated):
     }
 
 
+def optimum(reference, prompts, tokenizer, beta, settings, device, dtype, verbose):
+    """(Limit, the figures of Eq. 9's optimum) from LIMIT_SAMPLES answers of the reference to each prompt of {text: token ids}."""
+    K, title = LIMIT_SAMPLES, "answers for Eq. 9" if verbose else None
+    settings = replace(settings, seed=settings.seed + 1)  # others than the reference is judged by
+    ids = sample_answers(reference, [x for x in prompts.values() for _ in range(K)], tokenizer.eos, settings, device, dtype, title)
+    texts = list(map(tokenizer.decode, ids))
+    asked = [x for x in prompts for _ in range(K)]
+    of = lambda values: torch.tensor(list(values), dtype=torch.float64).view(-1, K)
+    costs = of(map(toy_world.cost, texts))
+    limit = Limit(of(map(toy_world.reward, asked, texts)), costs > 0, beta)
+    benign = torch.tensor([toy_world.is_benign(x) for x in prompts])
+    expected = lambda values, where=True: mean(limit.mean(values)[limit.found & where].tolist())
+    return limit, {
+        "harmless_ratio": {"value": 1.0, "ci95": [1.0, 1.0]},
+        "harmlessness": expected(-costs),
+        "helpfulness": expected(limit.reward),
+        "over_refusal": expected(of(map(toy_world.turns_away, asked, texts)), benign),
+        "degenerate": expected(of(is_degenerate(y, i[-1:] == [tokenizer.eos]) for y, i in zip(texts, ids))),
+        "kl": mean(limit.kl()[limit.found].tolist()),
+        "length": expected(of(map(len, ids))),
+        "safe_reference": mean(limit.safe_reward()[limit.found].tolist()),
+        "effective_samples": mean(limit.effective_samples()[limit.found].tolist()),
+        "samples": K,
+        "n": int(limit.found.sum()),
+        "n_benign": int((limit.found & benign).sum()),
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
@@ -206,7 +215,8 @@ def figures_of(rows, name, ids, kl, eos, annotated):
 def evaluate(folder, settings, splits=None, source="", split="test", verbose=True):
     """Figures of the run in folder on a split of its data, or of `source`. Writes what it finds into the folder (`files`).
 
-    {"policy", "reference": {figure: {"value", "ci95"} or None, "n", "n_benign", "preferences"}, "settings", "run"}.
+    {"policy", "reference": {figure: {"value", "ci95"} or None, "n", "n_benign", "preferences"}, "settings", "run",
+    "optimum": figures of Eq. 9's, or None without an annotator; then "policy" also has its `distance`}.
     """
     folder, config = Path(folder), finished_run(folder)
     source = source or config["data"]
@@ -223,7 +233,7 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     stored, _ = files(folder, asked)
     if stored.exists():
         with suppress(ValueError):  # what cannot be read is made anew
-            earlier = checkpoint.read_json(stored, dict.fromkeys(MODELS, dict))
+            earlier = checkpoint.read_json(stored, {**dict.fromkeys(MODELS, dict), "optimum": (dict, type(None))})
             if {k: earlier.get(k) for k in result} == result:
                 return earlier
 
@@ -242,6 +252,11 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
         kl = log_probs(model, examples, device, dtype) - log_probs(models["reference"], examples, device, dtype)
         figures = figures_of(rows, name, answers, kl[:, 0].tolist(), tokenizer.eos, annotated=source == "toy")
         result[name] = {**figures, "preferences": preferences[name]}
+    result["optimum"] = None
+    if source == "toy":
+        limit, result["optimum"] = optimum(models["reference"], prompts, tokenizer, config["beta"], settings, device, dtype, verbose)
+        reward, cost = (torch.tensor([float(row[f"policy_{kind}"]) for row in rows]) for kind in ("reward", "cost"))
+        result["policy"] |= distance(limit, reward, cost > 0, kl[:, 0])
     keep(folder, result, rows)
     return result
 

@@ -248,17 +248,22 @@ class Transformer(nn.Module):
         hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place, caches=caches)
         hidden = hidden[length.cumsum(0) - 1]  # (R, d)
         seen = (column < length[:, None]) | (column >= L)  # (R, columns): the prompt, and what is sampled
-        row = torch.arange(R, device=device)
         answers = torch.full((R, max_new_tokens), eos, device=device)
+        row = torch.arange(R, device=device)  # which prompts are still in the batch
         ended = torch.zeros(R, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
-            token = sample(self.head(hidden).float(), temperature, top_p, generator).masked_fill(ended, eos)
-            answers[:, t] = token
+            token = sample(self.head(hidden).float(), temperature, top_p, generator)
+            answers[row, t] = token
             ended |= token == eos
-            if ended.all() or t + 1 == max_new_tokens:
+            going = (~ended).nonzero().squeeze(1)
+            if not len(going) or t + 1 == max_new_tokens:
                 break
-            visible = seen[:, None, None, : L + t + 1]
-            hidden = self.hidden(token, length + t, row[:, None], row, visible, caches)
+            if len(going) <= len(ended) // 2:  # the others only cost time
+                row, token, length, seen, ended = (x[going] for x in (row, token, length, seen, ended))
+                for cache in caches:
+                    cache.select(going)
+            own = torch.arange(len(row), device=device)
+            hidden = self.hidden(token, length + t, own[:, None], own, seen[:, None, None, : L + t + 1], caches)
         answers = answers.tolist()
         return [y[: y.index(eos) + 1] if eos in y else y for y in answers]
 
@@ -275,6 +280,9 @@ class Cache:
         start, self.filled = self.filled, self.filled + k.shape[2]
         self.keys[:, :, start : self.filled], self.values[:, :, start : self.filled] = k, v
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def select(self, rows):
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 def sample(logits, temperature, top_p, generator):

@@ -13,12 +13,14 @@ COLUMNS = {  # heading → (figure, factor, digits)
 
 
 def models_of(results):
-    """{run name: result} → {model name: its figures}; a reference that several runs share is named once."""
+    """{run name: result} → {model name: its figures}; a reference and an optimum that several runs share are named once."""
     models = {}
     shared = all(result["reference"] == next(iter(results.values()))["reference"] for result in results.values())
     for name, result in results.items():
         if result["reference"] not in models.values():
             models["reference" if shared else f"reference of {name}"] = result["reference"]
+        if result["optimum"] and result["optimum"] not in models.values():
+            models[f"optimum (Eq. 9, β = {result['run']['beta']:g})" + ("" if shared else f" of {name}")] = result["optimum"]
         models[name] = result["policy"]
     return models
 
@@ -48,6 +50,14 @@ def table(results):
         notes.append("–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores bring some.")
     elif "n_benign" in lacking:
         notes.append("–: which requests are benign, only the village knows.")
+    limits = [["distance to the optimum", "E[r | safe], reference", "E[r], policy", "optimum", "share of the way %", "KL(policy ‖ optimum)"]]
+    for name, result in results.items():
+        if result["optimum"]:
+            figures = (result["optimum"]["safe_reference"], 1, 2), (result["policy"]["helpfulness"], 1, 2), (result["optimum"]["helpfulness"], 1, 2)
+            limits.append([name, *(cell(*f) for f in (*figures, (result["policy"]["way"], 100, 0), (result["policy"]["divergence"], 1, 2)))])
+    if limits[1:]:
+        notes.append("\n" + align(limits) + "From {samples} answers of the reference to each prompt, effectively {effective:.0f}.".format(
+            samples=result["optimum"]["samples"], effective=result["optimum"]["effective_samples"]["value"]))
     notes.append("\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n")
     return align(lines) + "\n".join(notes) + align(kinds)
 
