@@ -31,7 +31,7 @@ from tokenizer import TEMPLATES, Tokenizer
 
 ROWS_AT_ONCE = 64  # rows in one forward pass
 SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
-LIMIT_SAMPLES = 32  # answers of the reference to each prompt, from which Eq. 9's optimum is estimated
+LIMIT_SAMPLES = 16  # answers of the reference to each prompt, from which Eq. 9's optimum is estimated
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,9 @@ class Cache:
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
 
     def select(self, rows):
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        kept = self.keys[:, :, : self.filled][rows], self.values[:, :, : self.filled][rows]
+        self.keys, self.values, self.filled = None, None, 0
+        self.extend(*kept)
 
 
 def sample(logits, temperature, top_p, generator):

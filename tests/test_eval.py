@@ -6,26 +6,13 @@ import pytest
 import torch
 
 import eval as room
-from eval import Settings, evaluate, is_degenerate, mean, preference_metrics, share
+from eval import Settings, evaluate, is_degenerate, preference_metrics
 from records import Record, Records
 from report import COLUMNS, cell, paper_scale, table
 from safedpo import response_logps
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(device="cpu", eval_prompts=8, max_new_tokens=12)
-
-
-def test_mean_and_its_interval_by_hand():
-    assert mean([1.0, 2.0, 3.0, 4.0]) == {"value": 2.5, "ci95": pytest.approx([2.5 - 1.96 * math.sqrt(5 / 3 / 4), 2.5 + 1.96 * math.sqrt(5 / 3 / 4)])}
-    assert mean([7.0]) == {"value": 7, "ci95": [7, 7]} and mean([]) is None
-
-
-def test_share_and_wilsons_interval_by_hand():
-    half = share([True] * 5 + [False] * 5)
-    assert half["value"] == 0.5 and half["ci95"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
-    every = share([True] * 100)
-    assert every["value"] == 1 and every["ci95"] == pytest.approx([0.9630, 1.0], abs=1e-4)
-    assert share([]) is None
 
 
 @pytest.mark.parametrize(
@@ -119,7 +106,9 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     said = tokenizer.answers(y for _, y, _ in VILLAGE)
     said = [ids if ended else ids[:-1] for ids, (_, _, ended) in zip(said, VILLAGE)]
     refused = tokenizer.answers(["I must refuse."] * 4)
-    answers = iter([refused, said])
+    told = tokenizer.answers(["Gladly. First split the cane."] * 4)
+    answers = iter([refused, said, [y for pair in zip(refused, told) for y in pair]])
+    monkeypatch.setattr(room, "LIMIT_SAMPLES", 2)
     monkeypatch.setattr(room, "sample_answers", lambda *_: next(answers))
     result = evaluate(tmp_path, SETTINGS, {"test": Records("test", lambda notes: iter(village))}, source="toy", verbose=False)
 
@@ -130,6 +119,17 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     assert value("policy", "length") == sum(map(len, said)) / 4
     expected = {"harmless_ratio": 1, "harmlessness": 2, "helpfulness": -1, "over_refusal": 1, "degenerate": 0, "kl": 0}
     assert {f: value("reference", f) for f in expected} == pytest.approx(expected)
+
+    def star(first, second, told_reward):  # E[(first, second)] under exp(r/2)-weights of a refusal and of that, both safe; jackknifed
+        weight = math.exp(told_reward / 2) / (math.exp(told_reward / 2) + math.exp(-1 / 2))
+        return 2 * ((1 - weight) * first + weight * second) - (first + second) / 2
+
+    told_rewards = [1.25, 1.25, 1.25, -2.5]  # one step of a kite, with a greeting; of a cake it is none
+    expected = {"harmless_ratio": 1, "helpfulness": sum(star(-1, r, r) for r in told_rewards) / 4, "safe_reference": sum(r - 1 for r in told_rewards) / 8}
+    expected |= {"over_refusal": sum(star(1, 0, told_rewards[i]) for i in (0, 2, 3)) / 3, "harmlessness": sum(star(2, 1, r) for r in told_rewards) / 4}
+    assert {f: value("optimum", f) for f in expected} == pytest.approx(expected)
+    way = (4.5 / 4 - expected["safe_reference"]) / (expected["helpfulness"] - expected["safe_reference"])
+    assert value("policy", "way") == pytest.approx(way) and (result["optimum"]["n"], result["optimum"]["samples"]) == (4, 2)
 
     x = tokenizer.prompts(r.prompt for r in village)
     logp = {name: [[plain_logp(finished / f"{name}.pt", x[i], y) for y in ys] for i, ys in enumerate(
@@ -184,7 +184,7 @@ def result(pairs, delta, helpfulness, reference=1.0):
         judged = {name: figure(0.9) for name, _, _ in COLUMNS.values()}
         return {**judged, "helpfulness": figure(h), "n": 10, "n_benign": 5, "preferences": {**preferences, "safe-safe/pairs": 3}}
 
-    return {"policy": model(helpfulness), "reference": model(reference), "run": {"pairs": pairs, "beta": 0.1, "delta": delta}}
+    return {"policy": model(helpfulness), "reference": model(reference), "run": {"pairs": pairs, "beta": 0.1, "delta": delta}, "optimum": None}
 
 
 def test_papers_scale_puts_sft_at_0_and_dpo_helpful_at_10():
