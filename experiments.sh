@@ -10,20 +10,21 @@ seeds="9 10 11"
 out=runs/experiments
 
 run() {  # run SEED NAME FLAGS…: start it, or go on with it
-    local folder=$out/seed$1/$2
+    local folder=$out/seed$1/$2 log=$out/logs/seed$1-$2
     [ -f "$folder/eval.json" ] && return
     local command=(python train.py --seed "$1" --out_dir "$folder" "${@:3}")
     [ -f "$folder/config.json" ] && command+=(--resume)
     echo "${command[*]}"
-    "${command[@]}" > "$folder.log" 2> "$folder.err" || { tail -n 1 "$folder.err"; return 255; }  # 255 ends xargs
+    "${command[@]}" > "$log.txt" 2> "$log.err" || { tail -n 1 "$log.err"; return 255; }  # 255 ends xargs
 }
 export -f run
 export out
 
+mkdir -p "$out/logs" results
+
 each() {  # lines of NAME FLAGS…, each for all seeds
     while read -r line; do
         for seed in $seeds; do
-            mkdir -p "$out/seed$seed"
             echo "$seed ${line//SEED/$seed}"
         done
     done | xargs -P "${CORES:-$(nproc)}" -L 1 bash -c 'run "$@"' run
@@ -59,7 +60,6 @@ each <<END
 sacpo --pairs harmless --init_from $out/seedSEED/dpo-helpful/policy.pt
 END
 
-mkdir -p results
 python eval.py $out/seed*/* --json results/village.json > results/village.txt
 python eval.py $out/seed*/* --split unseen --json results/unseen.json > results/unseen.txt
 python theory.py --json results/theory.json
