@@ -1,41 +1,43 @@
 #!/usr/bin/env bash
-# Every run behind the README's tables: three seeds each, all runs of a seed from one reference.
+# Every run behind the README's tables and pictures: three seeds each, all runs of a seed from one reference.
 #
 #     ./experiments.sh                 prints each command before it runs; what is finished is not run again
 #     CORES=8 ./experiments.sh         so many runs at a time, one thread each (left out: all cores)
+#     XSTEST=folder ./experiments.sh   also on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format
 set -euo pipefail
 cd "$(dirname "$0")"
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 out=runs/experiments
 seeds="9 10 11"
-out=runs/experiments
+mkdir -p $out/logs results
 
-run() {  # run SEED NAME FLAGS…: start it, or go on with it
-    local folder=$out/seed$1/$2 log=$out/logs/seed$1-$2
-    [ -f "$folder/eval.json" ] && return
-    local command=(python train.py --seed "$1" --out_dir "$folder" "${@:3}")
+run() {  # run GROUP SEED NAME FLAGS…: start it, or go on with it
+    local folder=$out/$1/seed$2/$3 log=$out/logs/$1-seed$2-$3 command
+    command=(python train.py --seed "$2" --out_dir "$folder" "${@:4}")
     [ -f "$folder/config.json" ] && command+=(--resume)
-    echo "${command[*]}"
-    "${command[@]}" > "$log.txt" 2> "$log.err" || { tail -n 1 "$log.err"; return 255; }  # 255 ends xargs
+    if [ ! -f "$folder/eval.json" ]; then
+        echo "${command[*]}"
+        "${command[@]}" > "$log.txt" 2> "$log.err" || { tail -n 1 "$log.err"; return 255; }  # 255 ends xargs
+    fi
+    if [ "$1" = village ] && [ ! -f "$folder/eval-splitunseen.json" ]; then
+        python eval.py "$folder" --split unseen > "$log-unseen.txt" 2>> "$log.err" || { tail -n 1 "$log.err"; return 255; }
+    fi
 }
 export -f run
-export out
 
-mkdir -p "$out/logs" results
-
-each() {  # lines of NAME FLAGS…, each for all seeds
+each() {  # each GROUP: lines of NAME FLAGS…, each for all seeds
     while read -r line; do
         for seed in $seeds; do
-            echo "$seed ${line//SEED/$seed}"
+            echo "$1 $seed ${line//SEED/$seed}"
         done
     done | xargs -P "${CORES:-$(nproc)}" -L 1 bash -c 'run "$@"' run
 }
 
 # The first run of a seed also trains the reference by SFT; the others find it beside them.
-each <<END
+each village <<END
 safedpo-delta5
 END
 
-each <<END
+each village <<END
 dpo-helpful --pairs helpful
 dpo-harmless --pairs harmless
 dpo-safebetter --pairs safebetter
@@ -56,10 +58,23 @@ noise40 --label_noise 0.4
 END
 
 # SACPO's two stages: helpfulness first, then safety, from and against the result of the first.
-each <<END
-sacpo --pairs harmless --init_from $out/seedSEED/dpo-helpful/policy.pt
+each village <<END
+sacpo --pairs harmless --init_from $out/village/seedSEED/dpo-helpful/policy.pt
 END
 
-python eval.py $out/seed*/* --json results/village.json > results/village.txt
-python eval.py $out/seed*/* --split unseen --json results/unseen.json > results/unseen.txt
+python eval.py $out/village/*/* --json results/village.json
+python eval.py $out/village/*/* --split unseen --json results/unseen.json
+
+if [ -n "${XSTEST:-}" ]; then
+    each xstest <<END
+safedpo-delta5 --data $XSTEST
+END
+    each xstest <<END
+dpo-helpful --data $XSTEST --pairs helpful
+dpo-harmless --data $XSTEST --pairs harmless
+noswap-delta5 --data $XSTEST --pairs noswap --delta 5
+END
+    python eval.py $out/xstest/*/* --json results/xstest.json
+fi
+
 python theory.py --json results/theory.json

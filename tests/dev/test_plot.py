@@ -8,5 +8,5 @@ def figure(value):
 
 def test_plot_writes_a_picture(tmp_path):
     model = lambda x, y: {"harmless_ratio": figure(x), "helpfulness": figure(y)}
-    plot({"run": {"reference": model(0.6, 2.0), "policy": model(0.98, 1.5)}}, tmp_path / "runs.png")
+    plot({"run": {"reference": model(0.6, 2.0), "policy": model(0.98, 1.5), "optimum": None}}, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
