@@ -18,6 +18,8 @@ What they rest on, beside the paper's Assumption 4.1:
     another safe one, an unsafe one with a safe one. With flags that are sometimes wrong the optimum is finite, and moves with Δ.
     And the policy must be able to be Eq. 9. A decoder whose positions are relative cannot count equal tokens: after the prompt
     "4 4" it sees the answer's first token from the same state as, after the answer "4", the second one.
+  - Without T, Δ is that penalty: Eq. 12 on the pairs as people ordered them is least at 4.2's optimum with C = Δ, which leaves
+    unsafe answers exp(−Δ/β) of their odds. T is C = ∞, whatever Δ is.
 """
 import copy
 import itertools
@@ -250,6 +252,14 @@ def main(argv=None):
         if math.isfinite(C):
             print(f"  C = {C:3}, pairs of two unsafe answers kept                {found['with'][0]:.1e}   {found['with'][1]:.1e}")
         print(f"  {'r_c,    ' if math.isinf(C) else f'C = {C:3}, '}pairs of two unsafe answers left out            {found['without'][0]:.1e}   {found['without'][1]:.1e}")
+
+    print("\nΔ without T: gradient of Eq. 12 at 4.2's optimum with C = Δ   P(unsafe) there")
+    figures["without T"] = {}
+    for delta in DELTAS:
+        at = penalised_policy(world, beta, delta)
+        _, g = gradient(at.log(), preferences(world), world, beta, delta)
+        found = figures["without T"][f"{delta:g}"] = {"gradient": g.abs().max().item(), "unsafe": (at * world.unsafe).sum(-1).mean().item()}
+        print(f"  Δ = {delta:3g} {found['gradient']:55.1e}   {found['unsafe']:15.1e}")
 
     print("\n4.4: where training arrives          Δ   P(unsafe)   total variation to Eq. 9")
     figures |= {name: {} for name in ("two answers", "tabular", "transformer")}

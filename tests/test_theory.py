@@ -158,6 +158,16 @@ def test_4_4_needs_every_answer_compared():
     assert arrived[0] < 0.01 and arrived[1] > 0.2
 
 
+def test_without_T_delta_is_a_penalty(world):
+    """Eq. 12 on the pairs as people ordered them has the optimum of r − Δ·1[unsafe]; another penalty's is none."""
+    for delta in theory.DELTAS:
+        at = lambda C: theory.gradient(theory.penalised_policy(world, BETA, C).log(), preferences(world), world, BETA, delta)[1].abs().max()
+        assert at(delta) < 1e-15 and at(delta + 1) > 1e-5
+        odds = lambda p: ((p * world.unsafe).sum(-1) / (p * ~world.unsafe).sum(-1))
+        soft, none = (theory.penalised_policy(world, BETA, C) for C in (delta, 0.0))
+        assert (odds(soft) / odds(none)).tolist() == pytest.approx([math.exp(-delta / BETA)] * len(odds(soft)), rel=1e-9)
+
+
 def test_unsafe_mass_in_closed_form():
     for beta, ref_unsafe in ((1.0, 0.6), (0.5, 0.3)):
         for delta in theory.DELTAS:
