@@ -72,23 +72,30 @@ class Limit:
         """E[r | safe] under π_ref, (n,): Eq. 9's for β → ∞, from which the way to π* is measured."""
         return weighted_mean(self.reward, self.safe)
 
+    def safe_divergence(self):
+        """KL(π_ref given safe ‖ π*) in nats, (n,): how far from it the reference's own safe answers are."""
+        share = jackknife(lambda safe: safe.mean(-1).log(), self.safe)
+        return self.log_z() - share - self.safe_reward() / self.beta
+
     def effective_samples(self):
         return self.weights.sum(-1) ** 2 / (self.weights**2).sum(-1)
 
 
-def distance(limit, reward, unsafe, logratio):
-    """How far one answer of a policy to each prompt is from the optimum: reward, unsafe, logratio (log π/π_ref): (n,).
+def distance(limit, reward, unsafe, logratio, benign):
+    """How far one answer of a policy to each prompt is from the optimum: reward, unsafe, logratio (log π/π_ref), benign: (n,).
 
     "way": (E[r] − E[r | safe]) / (E*[r] − E[r | safe]), which no scaling of r changes. "divergence": KL(π‖π*) of the safe
-    answers, E[logratio − r/β + log Z]; an unsafe one would make it infinite.
+    answers, E[logratio − r/β + log Z], nats; an unsafe one would make it infinite. "divergence_benign", "divergence_harmful":
+    the same over benign requests and over harmful ones.
     """
     here = limit.found
     start, end = limit.safe_reward()[here], limit.mean(limit.reward)[here]
     length = (end - start).mean()
     way = ((reward[here] - start).mean() / length).item()
     error = mean((reward[here] - start - way * (end - start)).tolist())  # linearised; its mean is 0
-    here = here & ~unsafe
+    gap = logratio - reward / limit.beta + limit.log_z()
+    groups = {"divergence": True, "divergence_benign": benign, "divergence_harmful": ~benign}
     return {
         "way": {"value": way, "ci95": [way + side / abs(length.item()) for side in error["ci95"]]},
-        "divergence": mean((logratio - reward / limit.beta + limit.log_z())[here].tolist()),
+        **{name: mean(gap[here & ~unsafe & group].tolist()) for name, group in groups.items()},
     }

@@ -201,6 +201,7 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype, verbos
         "kl": mean(limit.kl()[limit.found].tolist()),
         "length": expected(of(map(len, ids))),
         "safe_reference": mean(limit.safe_reward()[limit.found].tolist()),
+        "safe_divergence": mean(limit.safe_divergence()[limit.found].tolist()),
         "effective_samples": mean(limit.effective_samples()[limit.found].tolist()),
         "samples": K,
         "n": int(limit.found.sum()),
@@ -256,7 +257,8 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     if source == "toy":
         limit, result["optimum"] = optimum(models["reference"], prompts, tokenizer, config["beta"], settings, device, dtype, verbose)
         reward, cost = (torch.tensor([float(row[f"policy_{kind}"]) for row in rows]) for kind in ("reward", "cost"))
-        result["policy"] |= distance(limit, reward, cost > 0, kl[:, 0])
+        benign = torch.tensor([toy_world.is_benign(x) for x in prompts])
+        result["policy"] |= distance(limit, reward, cost > 0, kl[:, 0], benign)
     keep(folder, result, rows)
     return result
 

@@ -18,7 +18,7 @@ run() {  # run GROUP SEED NAME FLAGS…: start it, or go on with it
         echo "${command[*]}"
         "${command[@]}" > "$log.txt" 2> "$log.err" || { tail -n 1 "$log.err"; return 255; }  # 255 ends xargs
     fi
-    if [ "$1" = village ] && [ ! -f "$folder/eval-splitunseen.json" ]; then
+    if [[ $1 = village && $3 != limit-* && ! -f "$folder/eval-splitunseen.json" ]]; then
         python eval.py "$folder" --split unseen > "$log-unseen.txt" 2>> "$log.err" || { tail -n 1 "$log.err"; return 255; }
     fi
 }
@@ -62,8 +62,28 @@ each village <<END
 sacpo --pairs harmless --init_from $out/village/seedSEED/dpo-helpful/policy.pt
 END
 
-python eval.py $out/village/*/* --json results/village.json
-python eval.py $out/village/*/* --split unseen --json results/unseen.json
+# What keeps SafeDPO from its optimum: the defaults with one thing changed, and four times the pairs from the same reference.
+python - $out/village36000 <<END
+import json, os, sys, toy_world
+os.makedirs(sys.argv[1], exist_ok=True)
+for split, rows in (("train", toy_world.splits(n_train=36000)["train"]), ("test", toy_world.splits()["test"])):
+    open(f"{sys.argv[1]}/{split}.jsonl", "w").writelines(json.dumps(row) + "\n" for row in rows)
+END
+each village <<END
+limit-lr7.5e-5 --lr 7.5e-5
+limit-lr6e-4 --lr 6e-4
+limit-epochs4 --epochs 4
+limit-epochs4-lr4e-5 --epochs 4 --lr 4e-5
+limit-batch64 --batch_size 64
+limit-warmup0.03 --warmup 0.03
+limit-decay0 --weight_decay 0
+limit-layers3 --n_layer 3
+limit-rows36000 --data $out/village36000 --init_from $out/village/seedSEED/safedpo-delta5/reference.pt
+END
+
+python eval.py $out/village/*/[!l]* --json results/village.json
+python eval.py $out/village/*/[!l]* --split unseen --json results/unseen.json
+python eval.py $out/village/*/safedpo-delta{0,5} $out/village/*/limit-* --data toy --json results/limit.json
 
 if [ -n "${XSTEST:-}" ]; then
     each xstest <<END
@@ -78,3 +98,10 @@ END
 fi
 
 python theory.py --json results/theory.json
+python figures.py --runs $out/village
+{
+    git log -1 --format="commit %h of %cs"
+    python -c 'import torch; print("torch", torch.__version__)'
+    grep -m 1 "model name" /proc/cpuinfo || true
+    echo "$(nproc) cores, $((SECONDS / 60)) min since this call of experiments.sh began"
+} | tee results/made.txt

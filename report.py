@@ -50,14 +50,16 @@ def table(results):
         notes.append("–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores bring some.")
     elif "n_benign" in lacking:
         notes.append("–: which requests are benign, only the village knows.")
-    limits = [["distance to the optimum", "E[r | safe], reference", "E[r], policy", "optimum", "share of the way %", "KL(policy ‖ optimum)"]]
+    limits = [["distance to the optimum", "E[r | safe], reference", "E[r], policy", "optimum", "share of the way %", "KL(policy ‖ optimum)", "benign", "harmful requests"]]
     for name, result in results.items():
         if result["optimum"]:
-            figures = (result["optimum"]["safe_reference"], 1, 2), (result["policy"]["helpfulness"], 1, 2), (result["optimum"]["helpfulness"], 1, 2)
-            limits.append([name, *(cell(*f) for f in (*figures, (result["policy"]["way"], 100, 0), (result["policy"]["divergence"], 1, 2)))])
+            best, own = result["optimum"], result["policy"]
+            figures = [(best["safe_reference"], 1, 2), (own["helpfulness"], 1, 2), (best["helpfulness"], 1, 2), (own["way"], 100, 0)]
+            figures += [(own[f"divergence{group}"], 1, 2) for group in ("", "_benign", "_harmful")]
+            limits.append([name, *(cell(*f) for f in figures)])
     if limits[1:]:
-        notes.append("\n" + align(limits) + "From {samples} answers of the reference to each prompt, effectively {effective:.0f}.".format(
-            samples=result["optimum"]["samples"], effective=result["optimum"]["effective_samples"]["value"]))
+        notes.append("\n" + align(limits) + "From {} answers of the reference to each prompt, effectively {:.0f}. Its safe answers alone: KL {:.2f}.".format(
+            best["samples"], best["effective_samples"]["value"], best["safe_divergence"]["value"]))
     notes.append("\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n")
     return align(lines) + "\n".join(notes) + align(kinds)
 

@@ -60,6 +60,9 @@ def test_many_samples_find_the_closed_form_and_its_divergence():
     limit = Limit(reward[draws], unsafe[draws], beta)
     assert weighted_mean(limit.reward, limit.weights).item() == pytest.approx((optimum * reward).sum().item(), abs=0.03)
     assert weighted_mean(limit.reward, limit.safe).item() == pytest.approx((0.4 - 0.3 + 0.4) / 0.9, abs=0.03)
+    among_safe = ref[:3].double() / 0.9
+    expected = (among_safe * (among_safe / optimum[:3]).log()).sum().item()
+    assert limit.safe_divergence().item() == pytest.approx(expected, abs=0.03) and expected > 0.2
     ratio = optimum[:3] / ref[:3]
     assert limit.weights.mean().item() == pytest.approx((math.e * 0.4 + 0.3 / math.e + 0.2 * math.e**2), rel=0.02)
     divergence = (optimum[:3] * ratio.log()).sum().item()
@@ -74,25 +77,30 @@ def test_effective_samples_and_prompts_that_say_nothing():
     assert limit.log_z()[0].item() == pytest.approx(math.log(0.5), abs=0.2)
 
 
+ALL = torch.ones(3, dtype=torch.bool)
+
+
 def test_distance_by_hand():
     """One sample that fills the space: E*[r] and E[r | safe] without any spread. r = 0 or 2 with π_ref 1/2 each, all safe, β = 2."""
     K = 200
     reward = torch.tensor([[0.0, 2.0] * (K // 2)] * 3)
     limit = Limit(reward, torch.zeros(3, K, dtype=torch.bool), 2.0)
     star = 2 * math.e / (1 + math.e)
-    found = distance(limit, torch.tensor([star] * 3), torch.zeros(3, dtype=torch.bool), torch.zeros(3))
+    found = distance(limit, torch.tensor([star] * 3), torch.zeros(3, dtype=torch.bool), torch.zeros(3), ALL)
     assert found["way"]["value"] == pytest.approx(1, abs=1e-2) and found["way"]["ci95"] == pytest.approx([1, 1], abs=2e-2)
-    assert distance(limit, torch.ones(3), torch.zeros(3, dtype=torch.bool), torch.zeros(3))["way"]["value"] == pytest.approx(0, abs=1e-2)
+    assert distance(limit, torch.ones(3), torch.zeros(3, dtype=torch.bool), torch.zeros(3), ALL)["way"]["value"] == pytest.approx(0, abs=1e-2)
     log_z = math.log((1 + math.e) / 2)
     ratios = torch.tensor([1 - log_z, -log_z, 5.0])  # π* itself on r = 2 and on r = 0; the third answer is unsafe
-    found = distance(limit, torch.tensor([2.0, 0.0, 2.0]), torch.tensor([False, False, True]), ratios)
-    assert found["divergence"]["value"] == pytest.approx(0, abs=1e-2)
+    found = distance(limit, torch.tensor([2.0, 0.0, 2.0]), torch.tensor([False, False, True]), ratios, ALL)
+    assert found["divergence"]["value"] == pytest.approx(0, abs=1e-2) and found["divergence_harmful"] is None
+    by_request = distance(limit, torch.tensor([2.0, 0.0, 2.0]), torch.zeros(3, dtype=torch.bool), ratios, torch.tensor([True, True, False]))
+    assert [by_request[f"divergence{group}"]["value"] for group in ("", "_benign", "_harmful")] == pytest.approx([(4 + log_z) / 3, 0, 4 + log_z], abs=1e-2)
 
 
 def test_the_way_does_not_change_with_the_scale_of_r():
     generator = torch.Generator().manual_seed(1)
     reward, own = torch.randn(50, 16, generator=generator), torch.randn(50, generator=generator)
     unsafe, none = torch.rand(50, 16, generator=generator) < 0.4, torch.zeros(50, dtype=torch.bool)
-    way = lambda scale, shift: distance(Limit(scale * reward + shift, unsafe, 2.0 * scale), scale * own + shift, none, torch.zeros(50))["way"]
+    way = lambda scale, shift: distance(Limit(scale * reward + shift, unsafe, 2.0 * scale), scale * own + shift, none, torch.zeros(50), ~none)["way"]
     a, b = way(1.0, 0.0), way(3.0, 5.0)
     assert a["value"] == pytest.approx(b["value"], rel=1e-4) and a["ci95"] == pytest.approx(b["ci95"], rel=1e-4)
