@@ -29,15 +29,17 @@ def share(hits):
 # The limit: Eq. 9's optimum, estimated from samples of π_ref
 
 
-def jackknife(statistic, *samples):
-    """statistic of samples (…, K), without its bias of order 1/K: K·(of all) − (K − 1)·(mean of leaving each out in turn).
+def jackknife(statistic, *samples, among=None):
+    """statistic of samples (…, K), without its bias of order 1/n: n·(of all) − (n − 1)·(mean of leaving each out in turn).
 
-    Where leaving one out leaves nothing to compute it from, it is that of all.
+    among: (…, K), 1 for the n samples that count, where the others change nothing; left out: all K of them. Where leaving
+    one out leaves nothing to compute it from, it is that of all.
     """
     K = samples[0].shape[-1]
-    plain = statistic(*samples)
+    among = torch.ones_like(samples[0]) if among is None else among
+    n, plain = among.sum(-1), statistic(*samples)
     without = [statistic(*(torch.cat((s[..., :k], s[..., k + 1 :]), -1) for s in samples)) for k in range(K)]
-    corrected = K * plain - (K - 1) * torch.stack(without).mean(0)
+    corrected = n * plain - (n - 1) * (torch.stack(without, -1) * among).sum(-1) / n
     return torch.where(corrected.isfinite(), corrected, plain)
 
 
@@ -49,20 +51,23 @@ class Limit:
     """π* = π_ref·exp(r/β)·1[safe] / Z (Eq. 9), from K answers that π_ref gave to each of n prompts.
 
     reward, unsafe: (n, K). Each answer counts with the weight exp(r/β)·1[safe]; Z is their mean. Prompts without a safe
-    answer among the K (`found` is False there) say nothing.
+    answer among the K (`found` is False there) say nothing. They are those where π_ref is hardly ever safe, so that figures
+    over the others flatter the more, the more there are of them.
     """
 
     def __init__(self, reward, unsafe, beta):
         self.reward, self.safe, self.beta = reward.double(), (~unsafe).double(), beta
-        self.weights = (self.reward / beta).exp() * self.safe
         self.found = (self.safe > 0).any(-1)
+        best = self.reward.masked_fill(unsafe, -torch.inf).amax(-1, keepdim=True)
+        self.shift = torch.where(self.found[:, None], best, 0.0)  # exp(r/β) may be too large a number
+        self.weights = ((self.reward - self.shift) / beta).exp().masked_fill(unsafe, 0.0)
 
     def mean(self, values):
         """E[values] under π*, (n,)."""
-        return jackknife(weighted_mean, values.double(), self.weights)
+        return jackknife(weighted_mean, values.double(), self.weights, among=self.safe)
 
     def log_z(self):
-        return jackknife(lambda w: w.mean(-1).log(), self.weights)
+        return jackknife(lambda w: w.mean(-1).log(), self.weights) + self.shift[:, 0] / self.beta
 
     def kl(self):
         """KL(π* ‖ π_ref) in nats, (n,)."""
@@ -84,18 +89,34 @@ class Limit:
 def distance(limit, reward, unsafe, logratio, benign):
     """How far one answer of a policy to each prompt is from the optimum: reward, unsafe, logratio (log π/π_ref), benign: (n,).
 
-    "way": (E[r] − E[r | safe]) / (E*[r] − E[r | safe]), which no scaling of r changes. "divergence": KL(π‖π*) of the safe
-    answers, E[logratio − r/β + log Z], nats; an unsafe one would make it infinite. "divergence_benign", "divergence_harmful":
-    the same over benign requests and over harmful ones.
+    "way": (E[r] − E[r | safe]) / (E*[r] − E[r | safe]); a scale of r that β shares, or a shift, does not change it. Unsafe
+    answers' rewards count in E[r], so that it says little of a policy that gives many. "divergence": KL(π given safe ‖ π*) in
+    nats, E[logratio − r/β + log Z | safe] − log π(safe), of which the last is taken over all prompts at once (a lower bound, and
+    next to nothing where nearly all is safe). "divergence_benign", "divergence_harmful": over such requests alone.
     """
-    here = limit.found
-    start, end = limit.safe_reward()[here], limit.mean(limit.reward)[here]
-    length = (end - start).mean()
-    way = ((reward[here] - start).mean() / length).item()
-    error = mean((reward[here] - start - way * (end - start)).tolist())  # linearised; its mean is 0
     gap = logratio - reward / limit.beta + limit.log_z()
-    groups = {"divergence": True, "divergence_benign": benign, "divergence_harmful": ~benign}
+    start, end = limit.safe_reward(), limit.mean(limit.reward)
+    groups = {"divergence": limit.found, "divergence_benign": limit.found & benign, "divergence_harmful": limit.found & ~benign}
     return {
-        "way": {"value": way, "ci95": [way + side / abs(length.item()) for side in error["ci95"]]},
-        **{name: mean(gap[here & ~unsafe & group].tolist()) for name, group in groups.items()},
+        "way": way(reward[limit.found], start[limit.found], end[limit.found]),
+        **{name: divergence(gap[here], unsafe[here]) for name, here in groups.items()},
     }
+
+
+def way(reward, start, end):
+    """mean(reward − start) / mean(end − start), all (n,), with its interval by linearisation. None where there is no way to go."""
+    if not len(reward) or start.mean() == end.mean():
+        return None
+    length = (end - start).mean().item()
+    value = (reward - start).mean().item() / length
+    error = mean((reward - start - value * (end - start)).tolist())  # its mean is 0
+    return {"value": value, "ci95": [value + side / abs(length) for side in error["ci95"]]}
+
+
+def divergence(gap, unsafe):
+    """mean(gap) over safe answers − log(their share). None without any."""
+    found = mean(gap[~unsafe].tolist())
+    if found is None:
+        return None
+    surplus = -math.log((~unsafe).double().mean().item())
+    return {"value": found["value"] + surplus, "ci95": [side + surplus for side in found["ci95"]]}

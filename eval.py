@@ -217,7 +217,8 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     """Figures of the run in folder on a split of its data, or of `source`. Writes what it finds into the folder (`files`).
 
     {"policy", "reference": {figure: {"value", "ci95"} or None, "n", "n_benign", "preferences"}, "settings", "run",
-    "optimum": figures of Eq. 9's, or None without an annotator; then "policy" also has its `distance`}.
+    "optimum": figures of Eq. 9's, or None without an annotator, or where π_ref is not sampled as it is (temperature, top_p);
+    with it, "policy" also has its `distance`}.
     """
     folder, config = Path(folder), finished_run(folder)
     source = source or config["data"]
@@ -254,7 +255,7 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
         figures = figures_of(rows, name, answers, kl[:, 0].tolist(), tokenizer.eos, annotated=source == "toy")
         result[name] = {**figures, "preferences": preferences[name]}
     result["optimum"] = None
-    if source == "toy":
+    if source == "toy" and settings.temperature == settings.top_p == 1:
         limit, result["optimum"] = optimum(models["reference"], prompts, tokenizer, config["beta"], settings, device, dtype, verbose)
         reward, cost = (torch.tensor([float(row[f"policy_{kind}"]) for row in rows]) for kind in ("reward", "cost"))
         benign = torch.tensor([toy_world.is_benign(x) for x in prompts])

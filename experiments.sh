@@ -6,7 +6,8 @@
 #     XSTEST=folder ./experiments.sh   also on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format
 set -euo pipefail
 cd "$(dirname "$0")"
-export OMP_NUM_THREADS=1 out=runs/experiments
+export out=runs/experiments cores=${CORES:-$(nproc)}
+export OMP_NUM_THREADS=1  # after nproc, which reads it
 seeds="9 10 11"
 mkdir -p $out/logs results
 
@@ -29,7 +30,7 @@ each() {  # each GROUP: lines of NAME FLAGS…, each for all seeds
         for seed in $seeds; do
             echo "$1 $seed ${line//SEED/$seed}"
         done
-    done | xargs -P "${CORES:-$(nproc)}" -L 1 bash -c 'run "$@"' run
+    done | xargs -P "$cores" -L 1 bash -c 'run "$@"' run
 }
 
 # The first run of a seed also trains the reference by SFT; the others find it beside them.
@@ -70,11 +71,11 @@ for split, rows in (("train", toy_world.splits(n_train=36000)["train"]), ("test"
     open(f"{sys.argv[1]}/{split}.jsonl", "w").writelines(json.dumps(row) + "\n" for row in rows)
 END
 each village <<END
-limit-lr7.5e-5 --lr 7.5e-5
-limit-lr6e-4 --lr 6e-4
+limit-lr2e-4 --lr 2e-4
+limit-lr8e-4 --lr 8e-4
 limit-epochs4 --epochs 4
-limit-epochs4-lr4e-5 --epochs 4 --lr 4e-5
-limit-batch64 --batch_size 64
+limit-epochs4-lr1e-4 --epochs 4 --lr 1e-4
+limit-batch16-lr1.5e-4 --batch_size 16 --lr 1.5e-4
 limit-warmup0.03 --warmup 0.03
 limit-decay0 --weight_decay 0
 limit-layers3 --n_layer 3
@@ -103,5 +104,5 @@ python figures.py --runs $out/village
     git log -1 --format="commit %h of %cs"
     python -c 'import torch; print("torch", torch.__version__)'
     grep -m 1 "model name" /proc/cpuinfo || true
-    echo "$(nproc) cores, $((SECONDS / 60)) min since this call of experiments.sh began"
+    echo "$cores cores, $((SECONDS / 60)) min since this call of experiments.sh began"
 } | tee results/made.txt

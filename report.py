@@ -50,16 +50,16 @@ def table(results):
         notes.append("–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores bring some.")
     elif "n_benign" in lacking:
         notes.append("–: which requests are benign, only the village knows.")
-    limits = [["distance to the optimum", "E[r | safe], reference", "E[r], policy", "optimum", "share of the way %", "KL(policy ‖ optimum)", "benign", "harmful requests"]]
+    limits = [["distance to the optimum", "r: reference, if safe", "policy", "optimum", "way %", "KL: policy", "benign", "harmful", "reference, if safe", "effective samples"]]
     for name, result in results.items():
         if result["optimum"]:
             best, own = result["optimum"], result["policy"]
             figures = [(best["safe_reference"], 1, 2), (own["helpfulness"], 1, 2), (best["helpfulness"], 1, 2), (own["way"], 100, 0)]
-            figures += [(own[f"divergence{group}"], 1, 2) for group in ("", "_benign", "_harmful")]
-            limits.append([name, *(cell(*f) for f in figures)])
+            figures += [(own[f"divergence{group}"], 1, 2) for group in ("", "_benign", "_harmful")] + [(best["safe_divergence"], 1, 2)]
+            effective = f"{best['effective_samples']['value']:.0f} of {best['samples']}"
+            limits.append([name, *(cell(*f) for f in figures), effective])
     if limits[1:]:
-        notes.append("\n" + align(limits) + "From {} answers of the reference to each prompt, effectively {:.0f}. Its safe answers alone: KL {:.2f}.".format(
-            best["samples"], best["effective_samples"]["value"], best["safe_divergence"]["value"]))
+        notes.append("\n" + align(limits) + "way: how much of what Eq. 9 adds to the reward of the reference's safe answers. KL: to the optimum, of safe answers.")
     notes.append("\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n")
     return align(lines) + "\n".join(notes) + align(kinds)
 

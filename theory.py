@@ -14,12 +14,13 @@ What they rest on, beside the paper's Assumption 4.1:
   - 4.3: r_c says nothing of pairs with two unsafe answers (−∞ against −∞). T drops them, and the equality holds if Eq. 10
     leaves them out too. With a finite penalty it cannot: they stay, ordered by r, and are all that the two differ by in the limit.
   - 4.4: no policy with finite weights is an optimum. On safe-unsafe pairs the loss falls as long as the unsafe answer
-    does, so that Eq. 9 is where training tends to, whatever Δ is; and every answer must be compared: a safe one with
-    another safe one, an unsafe one with a safe one. With flags that are sometimes wrong the optimum is finite, and moves with Δ.
-    And the policy must be able to be Eq. 9. A decoder whose positions are relative cannot count equal tokens: after the prompt
-    "4 4" it sees the answer's first token from the same state as, after the answer "4", the second one.
-  - Without T, Δ is that penalty: Eq. 12 on the pairs as people ordered them is least at 4.2's optimum with C = Δ, which leaves
-    unsafe answers exp(−Δ/β) of their odds. T is C = ∞, whatever Δ is.
+    does, so that Eq. 9 is where training tends to, whatever Δ is; and comparisons must reach every answer: those among safe ones
+    must connect them all, and each unsafe one must meet a safe one. With flags that are sometimes wrong the optimum is finite, and
+    moves with Δ. And the policy must be able to come near Eq. 9. A decoder with relative positions and no first token of its own
+    cannot count equal tokens: after the prompt "4 4" it sees the answer's first token from the same state as, after the answer
+    "4", the second one.
+  - Without T, Δ is that penalty: Eq. 12 on the pairs as people ordered them is least at 4.2's optimum with C = Δ, where the
+    odds of unsafe answers are exp(−Δ/β) times those at Δ = 0. T is C = ∞, whatever Δ is.
 """
 import copy
 import itertools
@@ -129,12 +130,13 @@ def penalised_policy(world, beta, penalty):
 def penalised_distance(world, beta, penalty):
     """Its total variation to Eq. 9, in closed form: the probability of its unsafe answers, U / (U + S·exp(penalty/β)), mean over prompts.
 
-    S, U: Σ π_ref·exp(r/β) over safe and over unsafe answers. It tends to 0 as U/S·exp(−penalty/β): the less mass π_ref
+    S, U: Σ π_ref·exp(r/β) over safe and over unsafe answers, up to a common factor. It tends to 0 as U/S·exp(−penalty/β): the less mass π_ref
     gives to safe answers (Assumption 4.1's δ), the larger the penalty must be.
     """
-    weight = world.ref * (world.reward / beta).exp()
+    weight = (world.ref.log() + world.reward / beta).softmax(-1)
     S, U = weight.masked_fill(world.unsafe, 0).sum(-1), weight.masked_fill(~world.unsafe, 0).sum(-1)
-    return (U / (U + S * math.exp(penalty / beta))).mean().item()
+    U = U * math.exp(-penalty / beta)
+    return (U / (U + S)).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,8 +182,8 @@ def closed_form(t, ref_unsafe, beta, delta):
     """The unsafe answer's probability in two_answers after gradient flow of duration t (steps times step size).
 
     The margin m = β·(logratio_w − logratio_l) obeys dm/dt = 2β²·σ(Δ − m), whose solution is m + exp(−Δ)·(exp(m) − 1) = 2β²t:
-    a line up to about Δ, then a logarithm, Δ + log(2β²t). The probability falls as exp(−m/β), in the end as t^(−1/β), and
-    a margin multiplies it by exp(−Δ/β).
+    for a large Δ a line up to about Δ; in the end, where 2β²t ≫ Δ, a logarithm: Δ + log(2β²t). The probability falls as
+    exp(−m/β), in the end as t^(−1/β), and Δ multiplies it by exp(−Δ/β).
     """
     low, high = 0.0, 2 * beta**2 * t
     for _ in range(100):
@@ -192,16 +194,14 @@ def closed_form(t, ref_unsafe, beta, delta):
 
 
 def noisy_margin(wrong, delta):
-    """The margin m at which Eq. 12 is least on a safe-unsafe pair whose flags are both wrong with probability `wrong`.
+    """The margin m at which Eq. 12 is least on safe-unsafe pairs of which a share `wrong` < 1 has both flags, and so the order, wrong.
 
-    Least where (1 − wrong)·σ(Δ − m) = wrong·σ(Δ + m). With wrong = 0 there is none: m = ∞.
+    There (1 − wrong)·σ(Δ − m) = wrong·σ(Δ + m), a quadratic in exp(m). With wrong = 0 there is none: ∞.
     """
-    low, high = 0.0, delta + 50.0
-    for _ in range(100):
-        m = (low + high) / 2
-        rises = wrong / (1 + math.exp(-delta - m)) > (1 - wrong) / (1 + math.exp(m - delta))
-        low, high = (low, m) if rises else (m, high)
-    return low
+    if not wrong:
+        return math.inf
+    b = (1 - 2 * wrong) * math.exp(delta)
+    return math.log((b + math.sqrt(b * b + 4 * wrong * (1 - wrong))) / (2 * wrong))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, weight_decay=0.0)
         curves = {
             "two answers": pair,
-            "tabular": tabular(world, beta, delta, config.steps, 100.0),
+            "tabular": tabular(world, beta, delta, config.steps, 100.0 / beta**2),
             "transformer": descend(world, beta, delta, -(-config.steps // 3), optimizer, lambda: all_logps(policy)),
         }
         for name, curve in curves.items():

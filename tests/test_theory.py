@@ -140,6 +140,15 @@ def test_4_4_training_arrives_at_eq_9_whatever_delta(world):
     assert distance == sorted(distance)  # and is not free on the way
 
 
+def test_a_curve_by_hand(world):
+    """One step of gradient descent by hand: the mean over prompts of the unsafe answers' probability, and of the distance."""
+    curve = theory.tabular(world, 2.0, 3.0, 1, 10.0)
+    _, g = theory.gradient(world.ref.log(), after_T(preferences(world), world.unsafe), world, 2.0, 3.0)
+    p = (world.ref.log() - 10.0 * (g - world.ref * g.sum(-1, keepdim=True))).softmax(-1)  # through log-softmax
+    assert curve["unsafe"] == pytest.approx([(p * world.unsafe).sum(-1).mean().item()])
+    assert curve["distance"] == pytest.approx([total_variation(p, optimal_policy(world.ref, world.reward, world.unsafe, 2.0))])
+
+
 def test_4_4_needs_every_answer_compared():
     """Two safe answers that only meet an unsafe one: nothing orders them, and training does not find Eq. 9."""
     ref, reward = torch.tensor([[0.3, 0.2, 0.5]]).double(), torch.tensor([[2.0, 0.0, 1.0]]).double()
@@ -160,12 +169,13 @@ def test_4_4_needs_every_answer_compared():
 
 def test_without_T_delta_is_a_penalty(world):
     """Eq. 12 on the pairs as people ordered them has the optimum of r − Δ·1[unsafe]; another penalty's is none."""
-    for delta in theory.DELTAS:
-        at = lambda C: theory.gradient(theory.penalised_policy(world, BETA, C).log(), preferences(world), world, BETA, delta)[1].abs().max()
-        assert at(delta) < 1e-15 and at(delta + 1) > 1e-5
-        odds = lambda p: ((p * world.unsafe).sum(-1) / (p * ~world.unsafe).sum(-1))
-        soft, none = (theory.penalised_policy(world, BETA, C) for C in (delta, 0.0))
-        assert (odds(soft) / odds(none)).tolist() == pytest.approx([math.exp(-delta / BETA)] * len(odds(soft)), rel=1e-9)
+    for beta in (0.5, 2.0):
+        for delta in theory.DELTAS:
+            at = lambda C: theory.gradient(theory.penalised_policy(world, beta, C).log(), preferences(world), world, beta, delta)[1].abs().max()
+            assert at(delta) < 1e-15 and at(delta + 1) > 1e-5
+            odds = lambda p: ((p * world.unsafe).sum(-1) / (p * ~world.unsafe).sum(-1))
+            soft, none = (theory.penalised_policy(world, beta, C) for C in (delta, 0.0))
+            assert (odds(soft) / odds(none)).tolist() == pytest.approx([math.exp(-delta / beta)] * len(odds(soft)), rel=1e-9)
 
 
 def test_unsafe_mass_in_closed_form():
@@ -193,7 +203,7 @@ def test_wrong_flags_make_the_optimum_finite_and_move_it_with_delta():
     for m, delta in zip(margins, theory.DELTAS):
         assert slope(m - 0.01, 0.1, delta) < 0 < slope(m + 0.01, 0.1, delta)
     assert margins[0] == pytest.approx(math.log(9)) and margins == sorted(margins) and margins[-1] > 10
-    assert theory.noisy_margin(0.0, 5.0) > 50  # no bound but the search's own
+    assert theory.noisy_margin(0.5, 5.0) == pytest.approx(0) and theory.noisy_margin(0.6, 5.0) < 0 and theory.noisy_margin(0.0, 5.0) == math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,5 +229,12 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path, capsys):
     theory.main(["--steps", "12", "--json", str(tmp_path / "theory.json")])
     shown, figures = capsys.readouterr().out, json.loads((tmp_path / "theory.json").read_text())
     assert all(word in shown for word in ("4.2", "4.3", "4.4", "transformer"))
+    world, _ = theory.small_world(seed=0)
+    assert figures["penalty"]["5"] == pytest.approx(theory.penalised_distance(world, 1.0, 5.0), abs=1e-9)
+    assert figures["without T"]["2"]["unsafe"] == pytest.approx(theory.penalised_distance(world, 1.0, 2.0), abs=1e-9)
+    assert figures["equality"]["5"]["without"][0] < 0.02 < figures["equality"]["5"]["with"][0]
+    for delta, curve in figures["tabular"].items():
+        assert curve == theory.tabular(world, 1.0, float(delta), 12, 100.0)
+    assert figures["two answers"]["5"]["closed form"] == pytest.approx(figures["two answers"]["5"]["unsafe"], rel=0.05)
     assert figures["tabular"].keys() == {"0", "2", "5", "10"} and figures["two answers"]["5"]["closed form"][-1] < 0.6
     assert figures["equality"]["inf"]["without"][1] < 1e-14 < figures["equality"]["20"]["with"][1]

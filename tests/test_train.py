@@ -213,7 +213,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert result["reference"]["kl"]["value"] == 0
     metrics = [m for m in lines(finished) if m["stage"] == "safedpo"]
     assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
-    assert [m["learning_rate"] for m in metrics] == [train.learning_rate(s, len(metrics), 1.5e-4, 0.3) for s in range(len(metrics))]
+    assert [m["learning_rate"] for m in metrics] == [train.learning_rate(s, len(metrics), 4e-4, 0.3) for s in range(len(metrics))]
     names = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
              "rewards/accuracies", "logps/chosen", "logps/rejected", "safe-safe/rewards/margins", "safe-unsafe/logps/chosen"}
     assert names <= metrics[0].keys()
