@@ -82,9 +82,9 @@ limit-layers3 --n_layer 3
 limit-rows36000 --data $out/village36000 --init_from $out/village/seedSEED/safedpo-delta5/reference.pt
 END
 
-python eval.py $out/village/*/[!l]* --json results/village.json
-python eval.py $out/village/*/[!l]* --split unseen --json results/unseen.json
-python eval.py $out/village/*/safedpo-delta{0,5} $out/village/*/limit-* --data toy --json results/limit.json
+python eval.py $out/village/*/[!l]* --json results/village.json > $out/logs/village.txt
+python eval.py $out/village/*/[!l]* --split unseen --json results/unseen.json > $out/logs/unseen.txt
+python eval.py $out/village/*/safedpo-delta{0,5} $out/village/*/limit-* --data toy --json results/limit.json > $out/logs/limit.txt
 
 if [ -n "${XSTEST:-}" ]; then
     each xstest <<END
@@ -95,14 +95,11 @@ dpo-helpful --data $XSTEST --pairs helpful
 dpo-harmless --data $XSTEST --pairs harmless
 noswap-delta5 --data $XSTEST --pairs noswap --delta 5
 END
-    python eval.py $out/xstest/*/* --json results/xstest.json
+    python eval.py $out/xstest/*/* --json results/xstest.json > $out/logs/xstest.txt
 fi
 
-python theory.py --json results/theory.json
+python theory.py --json results/theory.json > $out/logs/theory.txt
 python figures.py --runs $out/village
-{
-    git log -1 --format="commit %h of %cs"
-    python -c 'import torch; print("torch", torch.__version__)'
-    grep -m 1 "model name" /proc/cpuinfo || true
-    echo "$cores cores, $((SECONDS / 60)) min since this call of experiments.sh began"
-} | tee results/made.txt
+processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)
+torch=$(python -c "import torch; print(torch.__version__)")
+echo "$(date -I): commit $(git log -1 --format=%h), torch $torch,$processor, $cores cores: $((SECONDS / 60)) min" | tee -a results/made.txt

@@ -215,6 +215,7 @@ def draw_deltas():
         panel.set_xticks(range(len(DELTAS)), DELTAS)
         panel.set_xlabel("Δ (β = 2)")
     optimum = over_seeds(figures_of(runs, "optimum"), "helpfulness")[0]
+    distance.set_yscale("log")
     helpful.axhline(optimum, color="#777777", linewidth=1)
     helpful.annotate("the optimum (Eq. 9)", (5.2, optimum), ha="right", va="bottom", fontsize=8, color="#555555")
     harmless.set_title("harmless ratio (%)")
@@ -235,21 +236,21 @@ def draw_curves():
     figure, axes = canvas(2, len(shown), (11, 5.6))
     for column, delta in enumerate(shown):
         top, bottom = axes[:, column]
-        for kind, answer, (colour, _, dash) in (
-            ("safe-safe", "winner", STYLES[0]), ("safe-safe", "loser", STYLES[3]), ("safe-unsafe", "winner", STYLES[2]), ("safe-unsafe", "loser", STYLES[1]),
-        ):
-            top.plot(curves[delta]["step"], smooth(curves[delta][kind][answer]), color=colour, linestyle=dash, label=f"{kind}: {answer}")
-        for kind, (colour, _, dash) in (("safe-safe", STYLES[0]), ("safe-unsafe", STYLES[1])):
-            margin = [w - l for w, l in zip(curves[delta][kind]["winner"], curves[delta][kind]["loser"])]
-            bottom.plot(curves[delta]["step"], smooth(margin), color=colour, linestyle=dash, label=kind)
+        of, step = curves[delta], curves[delta]["step"]
+        margins = {kind: [w - l for w, l in zip(of[kind]["winner"], of[kind]["loser"])] for kind in ("safe-safe", "safe-unsafe")}
+        near = {"safe-safe: winner": of["safe-safe"]["winner"], "safe-safe: loser": of["safe-safe"]["loser"], "safe-unsafe: winner": of["safe-unsafe"]["winner"]}
+        far = {"safe-unsafe: loser": of["safe-unsafe"]["loser"], "safe-unsafe: difference": margins["safe-unsafe"], "safe-safe: difference": margins["safe-safe"]}
+        for panel, series, styles in ((top, near, STYLES[:3]), (bottom, far, STYLES[3:])):
+            for (label, values), (colour, _, dash) in zip(series.items(), styles):
+                panel.plot(step, smooth(values), color=colour, linestyle=dash, label=label)
         bottom.axhline(float(delta) / 2, color="#777777", linewidth=1)
-        bottom.annotate("Δ/β", (0, float(delta) / 2), va="bottom", fontsize=8, color="#555555")
+        bottom.annotate("Δ/β", (1, float(delta) / 2), va="bottom", fontsize=8, color="#555555")
         top.set_title(f"Δ = {delta}")
         bottom.set_xlabel("step")
     axes[0, 0].set_ylabel("log π/π_ref (nats)")
-    axes[1, 0].set_ylabel("winner − loser (nats)")
-    axes[0, 0].legend(fontsize=8)
-    axes[1, 0].legend(fontsize=8)
+    axes[1, 0].set_ylabel("log π/π_ref (nats)")
+    axes[0, 0].legend(fontsize=8, loc="lower left")
+    axes[1, 0].legend(fontsize=8, loc="lower left")
     return figure
 
 
@@ -281,9 +282,9 @@ def draw_theory():
         panel.set(title=heading, xlabel="step")
     axes[0, 0].set_ylabel("probability of unsafe answers")
     axes[0, 0].plot([], [], color="#555555", linestyle="", marker="o", markersize=4, markerfacecolor="none", label="closed form")
-    axes[0, 1].plot([], [], color="#555555", alpha=0.5, label="pale: total variation to Eq. 9")
+    (pale,) = axes[0, 1].plot([], [], color="#555555", alpha=0.5, label="pale: total variation to Eq. 9")
     axes[0, 0].legend(fontsize=8)
-    axes[0, 1].legend(fontsize=8)
+    axes[0, 1].legend(handles=[pale], fontsize=8, loc="lower left")
     return figure
 
 
