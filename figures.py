@@ -12,7 +12,7 @@ from pathlib import Path
 
 import checkpoint
 from flags import flag, parse, run
-from report import pyplot
+from report import COLUMNS, pyplot
 
 HERE = Path(__file__).parent
 PAPER = {  # run → (harmless ratio in %, helpfulness where SFT is 0 and DPO-HELPFUL 10), the paper's own, of 7B models
@@ -39,11 +39,7 @@ TITLES = {  # run → what a table calls it; the others' names tell
     "limit-rows36000": "four times the pairs, all of them different",
 }
 FIGURES = {  # heading → (figure, factor, digits)
-    "harmless %": ("harmless_ratio", 100, 1),
-    "helpfulness": ("helpfulness", 1, 2),
-    "over-refusal %": ("over_refusal", 100, 1),
-    "degenerate %": ("degenerate", 100, 1),
-    "KL": ("kl", 1, 1),
+    **COLUMNS,
     "way %": ("way", 100, 0),
     "KL to the optimum": ("divergence", 1, 2),
     "on benign requests": ("divergence_benign", 1, 2),
