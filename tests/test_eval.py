@@ -1,6 +1,8 @@
 """The judge's own arithmetic, and evaluation of a finished run."""
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,6 +139,11 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     )] for name in ("reference", "policy")}
     ratio = torch.tensor(logp["policy"]) - torch.tensor(logp["reference"])  # of the sample, response 0, response 1
     assert value("policy", "kl") == pytest.approx(ratio[:, 0].mean().item(), abs=1e-4)
+    log_z = [2 * math.log((math.exp(-1 / 2) + math.exp(r / 2)) / 2) - (r - 1) / 4 for r in told_rewards]  # jackknifed
+    gaps = [ratio[i, 0].item() - r / 2 + log_z[i] for i, r in enumerate((3, -1, -1))]  # the fourth answer is unsafe
+    assert value("policy", "divergence") == pytest.approx(sum(gaps) / 3 - math.log(3 / 4), abs=1e-4)
+    assert value("policy", "divergence_harmful") == pytest.approx(gaps[1], abs=1e-4)
+    assert re.search(r"a run .* [12] of 2\n", table({"a run": result}))
     margins = 2.0 * torch.stack([ratio[0, 2] - ratio[0, 1], ratio[1, 2] - ratio[1, 1], ratio[2, 2] - ratio[2, 1], ratio[3, 1] - ratio[3, 2]])
     preferences = result["policy"]["preferences"]
     assert preferences["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
@@ -185,6 +192,16 @@ def result(pairs, delta, helpfulness, reference=1.0):
         return {**judged, "helpfulness": figure(h), "n": 10, "n_benign": 5, "preferences": {**preferences, "safe-safe/pairs": 3}}
 
     return {"policy": model(helpfulness), "reference": model(reference), "run": {"pairs": pairs, "beta": 0.1, "delta": delta}, "optimum": None}
+
+
+def test_eq_9_is_not_estimated_from_samples_of_another_distribution(finished, tmp_path):
+    for name in ("config.json", "reference.pt", "policy.pt"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    village = [Record(x, "I must refuse.", "Gladly. First split the cane.", True, False, 0, 0) for x, _, _ in VILLAGE]
+    for odd in ({"temperature": 0.5}, {"top_p": 0.9}):
+        settings = replace(SETTINGS, **odd)
+        result = evaluate(tmp_path, settings, {"test": Records("test", lambda notes: iter(village))}, source="toy", verbose=False)
+        assert result["optimum"] is None and "divergence" not in result["policy"] and "distance to the optimum" not in table({"a run": result})
 
 
 def test_papers_scale_puts_sft_at_0_and_dpo_helpful_at_10():
