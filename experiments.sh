@@ -3,7 +3,7 @@
 #
 #     ./experiments.sh                 prints each command before it runs; what is finished is not run again
 #     CORES=8 ./experiments.sh         so many runs at a time, one thread each (left out: all cores)
-#     XSTEST=folder ./experiments.sh   also on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format
+#     XSTEST=folder ./experiments.sh   (seen from here) also on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format
 set -euo pipefail
 cd "$(dirname "$0")"
 export out=runs/experiments cores=${CORES:-$(nproc)}

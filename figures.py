@@ -85,7 +85,10 @@ def load(name):
 
 def figures_of(runs, run):
     """[the figures of a run's policy for each seed]; of "reference", its safe answers and "optimum", as SafeDPO's runs found them."""
-    results = runs[run if run in runs else "safedpo-delta5"]
+    special = ("reference", "safe reference", "optimum")
+    if run not in special and run not in runs:
+        raise ValueError(f"results/: no run is named {run}; expected those of experiments.sh")
+    results = runs["safedpo-delta5" if run in special else run]
     if run in ("reference", "optimum"):
         return [result[run] for result in results]
     if run == "safe reference":
@@ -95,13 +98,15 @@ def figures_of(runs, run):
 
 
 def over_seeds(figures, name, factor=1):
-    """(mean, standard deviation over seeds), or None where there is no such figure."""
-    values = [factor * seed[name]["value"] for seed in figures if seed.get(name)]
-    return (statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
+    """(mean, standard deviation over seeds), or None where some seed has no such figure."""
+    if not all(seed.get(name) for seed in figures):
+        return None
+    values = [factor * seed[name]["value"] for seed in figures]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def collect(folder):
-    """{Δ: {"step", "safe-safe", "safe-unsafe": log π/π_ref of "winner" and "loser", nats}} of folder's SafeDPO runs, means over seeds."""
+    """{Δ: {"beta", "step", "safe-safe", "safe-unsafe": log π/π_ref of "winner" and "loser", nats}} of folder's SafeDPO runs, means over seeds."""
     curves = {}
     for delta in DELTAS:
         logs = sorted(Path(folder).glob(f"seed*/safedpo-delta{delta}/metrics.jsonl"))
@@ -109,7 +114,7 @@ def collect(folder):
             raise ValueError(f"{folder}: no seed*/safedpo-delta{delta}/metrics.jsonl; expected the folder that experiments.sh fills")
         beta = checkpoint.read_json(logs[0].parent / "config.json")["beta"]
         lines = [[row for row in map(json.loads, open(log, encoding="utf-8")) if row["stage"] == "safedpo"] for log in logs]
-        curves[delta] = {"step": [row["step"] for row in lines[0]]}
+        curves[delta] = {"beta": beta, "step": [row["step"] for row in lines[0]]}
         for kind in ("safe-safe", "safe-unsafe"):
             of = lambda answer: [statistics.mean(row[f"{kind}/rewards/{answer}"] / beta for row in rows) for rows in zip(*lines)]
             curves[delta][kind] = {"winner": of("chosen"), "loser": of("rejected")}
@@ -176,18 +181,22 @@ def canvas(rows, columns, size):
 def draw_methods():
     """Helpfulness against harmless ratio: the paper's Fig. 2, here and there."""
     figure, ((here, paper),) = canvas(1, 2, (10, 4.6))
-    runs = load("village")
+    runs, handles, zoom = load("village"), [], here.inset_axes([0.65, 0.22, 0.2, 0.3], xlim=(97.3, 100.4), ylim=(2.02, 2.26))
+    here.indicate_inset_zoom(zoom, edgecolor="#777777")
+    zoom.tick_params(labelsize=7)
     names = ("reference", "optimum", "dpo-helpful", "dpo-harmless", "dpo-safebetter", "noswap-delta5", "sacpo", "safedpo-delta0", "safedpo-delta5", "safedpo-delta10")
     colours = (BLACK, "#777777", VERMILION, PURPLE, ORANGE, SKY, GREEN, BLUE, BLUE, BLUE)
     for run, colour, marker in zip(names, colours, "sX^vDP<do*"):
         figures, point = figures_of(runs, run), dict(color=colour, marker=marker, linestyle="", markersize=8, label=title(run))
         (x, dx), (y, dy) = over_seeds(figures, "harmless_ratio", 100), over_seeds(figures, "helpfulness")
-        here.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, **point)
+        for panel in (here, zoom):
+            panel.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, **point)
+        handles += here.plot([], [], **point)
         if run in PAPER:
             paper.plot(*PAPER[run], **point)
     here.set(title="the village: mean ± standard deviation, three seeds", xlabel="harmless ratio (%)", ylabel="helpfulness (mean reward)")
     paper.set(title="the paper: 7B models, PKU-SafeRLHF-30K", xlabel="harmless ratio (%)", ylabel="helpfulness (SFT = 0, DPO-HELPFUL = 10)")
-    here.legend(fontsize=8, loc="lower left")
+    here.legend(handles=handles, fontsize=8, loc="lower left")
     return figure
 
 
@@ -207,9 +216,9 @@ def draw_deltas():
             if panel is not distance or label == "SafeDPO":
                 values = [over_seeds(figures_of(runs, run), name, factor) for run in members.values()]
                 at = [DELTAS.index(d) for d in members]
-                panel.errorbar(at, *zip(*((y, dy) for y, dy in values)), color=colour, marker=marker, linestyle=dash, capsize=2, label=label)
+                panel.errorbar(at, *zip(*values), color=colour, marker=marker, linestyle=dash if len(at) > 2 else "", capsize=2, label=label)
         panel.set_xticks(range(len(DELTAS)), DELTAS)
-        panel.set_xlabel("Δ (β = 2)")
+        panel.set_xlabel("Δ (β = {:g})".format(runs["safedpo-delta5"][0]["run"]["beta"]))
     optimum = over_seeds(figures_of(runs, "optimum"), "helpfulness")[0]
     distance.set_yscale("log")
     helpful.axhline(optimum, color="#777777", linewidth=1)
@@ -232,21 +241,21 @@ def draw_curves():
     figure, axes = canvas(2, len(shown), (11, 5.6))
     for column, delta in enumerate(shown):
         top, bottom = axes[:, column]
-        of, step = curves[delta], curves[delta]["step"]
+        of, step, asked = curves[delta], curves[delta]["step"], float(delta) / curves[delta]["beta"]
         margins = {kind: [w - l for w, l in zip(of[kind]["winner"], of[kind]["loser"])] for kind in ("safe-safe", "safe-unsafe")}
         near = {"safe-safe: winner": of["safe-safe"]["winner"], "safe-safe: loser": of["safe-safe"]["loser"], "safe-unsafe: winner": of["safe-unsafe"]["winner"]}
         far = {"safe-unsafe: loser": of["safe-unsafe"]["loser"], "safe-unsafe: difference": margins["safe-unsafe"], "safe-safe: difference": margins["safe-safe"]}
         for panel, series, styles in ((top, near, STYLES[:3]), (bottom, far, STYLES[3:])):
             for (label, values), (colour, _, dash) in zip(series.items(), styles):
                 panel.plot(step, smooth(values), color=colour, linestyle=dash, label=label)
-        bottom.axhline(float(delta) / 2, color="#777777", linewidth=1)
-        bottom.annotate("Δ/β", (1, float(delta) / 2), va="bottom", fontsize=8, color="#555555")
+        bottom.axhline(asked, color="#777777", linewidth=1)
+        bottom.annotate("Δ/β", (1, asked), va="bottom", fontsize=8, color="#555555")
         top.set_title(f"Δ = {delta}")
         bottom.set_xlabel("step")
     axes[0, 0].set_ylabel("log π/π_ref (nats)")
     axes[1, 0].set_ylabel("log π/π_ref (nats)")
     axes[0, 0].legend(fontsize=8, loc="lower left")
-    axes[1, 0].legend(fontsize=8, loc="lower left")
+    axes[1, 2].legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
     return figure
 
 
@@ -258,7 +267,7 @@ def draw_noise():
     for panel, (name, heading), (colour, marker, dash) in zip(axes[0], (("harmless_ratio", "harmless ratio (%)"), ("over_refusal", "over-refusal (%)")), STYLES):
         values = [over_seeds(figures_of(runs, run), name, 100) for run in names.values()]
         panel.errorbar(list(names), *zip(*values), color=colour, marker=marker, linestyle=dash, capsize=2)
-        panel.set(title=heading, xlabel="training flags that are wrong (%)")
+        panel.set(title=f"SafeDPO, Δ = 5: {heading}", xlabel="training flags that are wrong (%)")
         panel.axhline(over_seeds(figures_of(runs, "reference"), name, 100)[0], color="#777777", linewidth=1)
         panel.annotate("reference", (40, over_seeds(figures_of(runs, "reference"), name, 100)[0]), ha="right", va="bottom", fontsize=8, color="#555555")
     return figure
@@ -276,7 +285,7 @@ def draw_theory():
             else:
                 panel.loglog(curve["step"], curve["distance"], color=colour, linestyle=dash, alpha=0.35)
         panel.set(title=heading, xlabel="step")
-    axes[0, 0].set_ylabel("probability of unsafe answers")
+    axes[0, 0].set_ylabel("probability of unsafe answers (β = {:g})".format(found["beta"]))
     axes[0, 0].plot([], [], color="#555555", linestyle="", marker="o", markersize=4, markerfacecolor="none", label="closed form")
     (pale,) = axes[0, 1].plot([], [], color="#555555", alpha=0.5, label="pale: total variation to Eq. 9")
     axes[0, 0].legend(fontsize=8)

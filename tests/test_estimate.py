@@ -73,6 +73,13 @@ def test_many_samples_find_the_closed_form_and_its_divergence():
     assert limit.kl().item() == pytest.approx((optimum[:3] * ratio.log()).sum().item(), abs=0.03)
 
 
+def test_unsafe_samples_say_nothing_of_means_under_the_optimum():
+    limit, alone = (Limit(torch.tensor([[0.0, 2.0, 5.0][:n]]), torch.tensor([[False, False, True][:n]]), 2.0) for n in (3, 2))
+    assert limit.mean(limit.reward).item() == pytest.approx(alone.mean(alone.reward).item())
+    weight = math.e / (1 + math.e)
+    assert alone.mean(alone.reward).item() == pytest.approx(2 * 2 * weight - 1)  # jackknifed
+
+
 def test_effective_samples_and_prompts_that_say_nothing():
     limit = Limit(torch.tensor([[0.0, 0.0, 5.0, 5.0], [1.0, 1.0, 1.0, 1.0]]), torch.tensor([[False, False, True, True], [True] * 4]), 2.0)
     assert limit.found.tolist() == [True, False]

@@ -33,6 +33,9 @@ def test_training_curves_are_log_ratios_and_means_over_seeds(tmp_path):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = figures.collect(tmp_path)
     assert curves[5]["step"] == [1, 2] and curves[5]["safe-unsafe"] == {"winner": [2.0, 4.0], "loser": [-4.0, -8.0]}
+    assert curves[5]["beta"] == 2.0
+    with pytest.raises(ValueError, match="no run is named safedpo"):
+        figures.figures_of({"reference": []}, "safedpo")
     with pytest.raises(ValueError, match="expected the folder that experiments.sh fills"):
         figures.collect(tmp_path / "seed1")
 

@@ -226,15 +226,15 @@ def test_equal_tokens_cannot_be_counted():
 
 
 def test_the_command_prints_and_writes_what_it_found(tmp_path, capsys):
-    theory.main(["--steps", "12", "--json", str(tmp_path / "theory.json")])
+    theory.main(["--beta", "2", "--steps", "12", "--json", str(tmp_path / "theory.json")])
     shown, figures = capsys.readouterr().out, json.loads((tmp_path / "theory.json").read_text())
     assert all(word in shown for word in ("4.2", "4.3", "4.4", "transformer"))
     world, _ = theory.small_world(seed=0)
-    assert figures["penalty"]["5"] == pytest.approx(theory.penalised_distance(world, 1.0, 5.0), abs=1e-9)
-    assert figures["without T"]["2"]["unsafe"] == pytest.approx(theory.penalised_distance(world, 1.0, 2.0), abs=1e-9)
-    assert figures["equality"]["5"]["without"][0] < 0.02 < figures["equality"]["5"]["with"][0]
+    assert figures["penalty"]["5"] == pytest.approx(theory.penalised_distance(world, 2.0, 5.0), abs=1e-9)
+    assert figures["without T"]["2"]["unsafe"] == pytest.approx(theory.penalised_distance(world, 2.0, 2.0), abs=1e-9)
+    assert figures["equality"]["5"]["without"][0] < 0.05 < figures["equality"]["5"]["with"][0]
     for delta, curve in figures["tabular"].items():
-        assert curve == theory.tabular(world, 1.0, float(delta), 12, 100.0)
+        assert curve == theory.tabular(world, 2.0, float(delta), 12, 25.0)  # a step that suits any β
     assert figures["two answers"]["5"]["closed form"] == pytest.approx(figures["two answers"]["5"]["unsafe"], rel=0.05)
     assert figures["tabular"].keys() == {"0", "2", "5", "10"} and figures["two answers"]["5"]["closed form"][-1] < 0.6
     assert figures["equality"]["inf"]["without"][1] < 1e-14 < figures["equality"]["20"]["with"][1]
