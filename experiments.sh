@@ -10,6 +10,7 @@ export out=runs/experiments cores=${CORES:-$(nproc)}
 export OMP_NUM_THREADS=1  # after nproc, which reads it
 seeds="9 10 11"
 mkdir -p $out/logs results
+python -c "import matplotlib" || { echo "experiments.sh: the pictures need matplotlib: pip install matplotlib" >&2; exit 2; }
 
 run() {  # run GROUP SEED NAME FLAGS…: start it, or go on with it
     local folder=$out/$1/seed$2/$3 log=$out/logs/$1-seed$2-$3 command

@@ -80,6 +80,18 @@ def test_readme_commands_have_flags_that_exist(room, capsys):
     assert found >= (3 if room in (train, eval_room, bench) else 1)
 
 
+def test_experiments_have_flags_that_exist_and_every_run_of_the_tables():
+    script = (ROOT / "experiments.sh").read_text(encoding="utf-8")
+    names = {}
+    for group, block in re.findall(r"each (\w+) <<END\n(.*?)\nEND", script, re.S):
+        for name, *flags in map(shlex.split, block.splitlines()):
+            train.parse(train.Config, flags)  # exits on what it does not know
+            names.setdefault("xstest" if group == "xstest" else "village", set()).add(name)
+    assert len(names["village"]) > 25
+    for file, _, runs in figures.TABLES.values():
+        assert set(runs) - {"reference", "safe reference", "optimum"} <= names["xstest" if file == "xstest" else "village"]
+
+
 def test_every_flag_is_explained_and_in_the_readme():
     for room in ROOMS:
         for f in fields(room.Config):
