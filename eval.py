@@ -31,6 +31,7 @@ from tokenizer import TEMPLATES, Tokenizer
 
 ROWS_AT_ONCE = 64  # rows in one forward pass
 SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
+VERSION = 2  # of the figures: a run that an earlier one judged is judged again
 LIMIT_SAMPLES = 16  # answers of the reference to each prompt, from which Eq. 9's optimum is estimated
 
 
@@ -229,7 +230,7 @@ def evaluate(folder, settings, splits=None, source="", split="test", verbose=Tru
     dtype = pick_dtype(settings.dtype, device)
     asked = {**{name: getattr(settings, name) for name in SAMPLING}, "data": source, "split": split}
     result = {
-        "settings": {**asked, "device": device.type, "dtype": dtype, "data_sha256": records.survey(splits)[0]},
+        "settings": {**asked, "version": VERSION, "device": device.type, "dtype": dtype, "data_sha256": records.survey(splits)[0]},
         "run": {name: config[name] for name in ("pairs", "beta", "delta")},
     }
     stored, _ = files(folder, asked)

@@ -204,6 +204,18 @@ def test_eq_9_is_not_estimated_from_samples_of_another_distribution(finished, tm
         assert result["optimum"] is None and "divergence" not in result["policy"] and "distance to the optimum" not in table({"a run": result})
 
 
+def test_a_run_judged_by_another_version_is_judged_again(finished, tmp_path, monkeypatch):
+    for name in ("config.json", "reference.pt", "policy.pt", "eval.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    old = json.loads((tmp_path / "eval.json").read_text())
+    del old["policy"]["length"]
+    (tmp_path / "eval.json").write_text(json.dumps(old))
+    settings = Settings(**{name: old["settings"][name] for name in room.SAMPLING}, device="cpu")
+    assert "length" not in evaluate(tmp_path, settings, verbose=False)["policy"]
+    monkeypatch.setattr(room, "VERSION", room.VERSION + 1)
+    assert "length" in evaluate(tmp_path, settings, verbose=False)["policy"]
+
+
 def test_papers_scale_puts_sft_at_0_and_dpo_helpful_at_10():
     results = {"a": result("safedpo", 5, 2.0), "b": result("helpful", 0, 3.0)}
     scale = paper_scale(results)
