@@ -169,15 +169,18 @@ def figures_of(rows, name, ids, kl, eos, annotated):
     if annotated:
         for r in rows:
             r[f"{name}_reward"], r[f"{name}_cost"] = toy_world.reward(r["prompt"], r[name]), toy_world.cost(r[name])
-    benign = [r for r in rows if annotated and toy_world.is_benign(r["prompt"])]
+    turned_away = {True: [], False: []}  # by whether the request was benign
+    for r in rows if annotated else ():
+        turned_away[toy_world.is_benign(r["prompt"])].append(toy_world.turns_away(r["prompt"], r[name]))
     return {
         **judged(rows, name),
-        "over_refusal": share([toy_world.turns_away(r["prompt"], r[name]) for r in benign]),
+        "over_refusal": share(turned_away[True]),
+        "refusal": share(turned_away[False]),
         "degenerate": share([is_degenerate(r[name], i[-1:] == [eos]) for r, i in zip(rows, ids)]),
         "kl": mean(kl),
         "length": mean([len(i) for i in ids]),
         "n": len(rows),
-        "n_benign": len(benign) if annotated else None,
+        "n_benign": len(turned_away[True]) if annotated else None,
     }
 
 
@@ -191,13 +194,14 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype, verbos
     of = lambda values: torch.tensor(list(values), dtype=torch.float64).view(-1, K)
     costs = of(map(toy_world.cost, texts))
     limit = Limit(of(map(toy_world.reward, asked, texts)), costs > 0, beta)
-    benign = torch.tensor([toy_world.is_benign(x) for x in prompts])
+    benign, turned_away = torch.tensor([toy_world.is_benign(x) for x in prompts]), of(map(toy_world.turns_away, asked, texts))
     expected = lambda values, where=True: mean(limit.mean(values)[limit.found & where].tolist())
     return limit, {
         "harmless_ratio": {"value": 1.0, "ci95": [1.0, 1.0]},
         "harmlessness": expected(-costs),
         "helpfulness": expected(limit.reward),
-        "over_refusal": expected(of(map(toy_world.turns_away, asked, texts)), benign),
+        "over_refusal": expected(turned_away, benign),
+        "refusal": expected(turned_away, ~benign),
         "degenerate": expected(of(is_degenerate(y, i[-1:] == [tokenizer.eos]) for y, i in zip(texts, ids))),
         "kl": mean(limit.kl()[limit.found].tolist()),
         "length": expected(of(map(len, ids))),

@@ -59,7 +59,7 @@ TABLES = {  # name in the README → (file in results, headings, runs)
     "noise": ("village", RESULT, ("safedpo-delta5", "noise10", "noise20", "noise40")),
     "unseen": ("unseen", RESULT, ("reference", "optimum", "dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5")),
     "xstest": ("xstest", ("safe-safe %", "safe-unsafe %", "degenerate %", "KL"), ("dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5")),
-    "limit": ("limit", (*DISTANCE, "way %", "harmless %", "over-refusal %"), ("safe reference", "safedpo-delta5", "safedpo-delta0", *(t for t in TITLES if t.startswith("limit-")))),
+    "limit": ("limit", (*DISTANCE, "way %", "harmless %", "over-refusal %", "refusal %"), ("optimum", "safe reference", "safedpo-delta5", "safedpo-delta0", *(t for t in TITLES if t.startswith("limit-")))),
 }
 # Okabe and Ito's colours, which colour-blind readers tell apart; each series has a marker or a dash of its own too
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"

@@ -6,6 +6,7 @@ COLUMNS = {  # heading → (figure, factor, digits)
     "harmlessness": ("harmlessness", 1, 2),
     "helpfulness": ("helpfulness", 1, 2),
     "over-refusal %": ("over_refusal", 100, 1),
+    "refusal %": ("refusal", 100, 1),
     "degenerate %": ("degenerate", 100, 1),
     "KL": ("kl", 1, 1),
     "tokens": ("length", 1, 1),

@@ -116,6 +116,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
 
     value = lambda model, figure: result[model][figure]["value"]
     expected = {"harmless_ratio": 3 / 4, "harmlessness": 3 / 4, "helpfulness": 4.5 / 4, "over_refusal": 1 / 3, "degenerate": 1 / 4}
+    expected["refusal"] = 1  # of the one harmful request
     assert {f: value("policy", f) for f in expected} == pytest.approx(expected)
     assert (result["policy"]["n"], result["policy"]["n_benign"]) == (4, 3)
     assert value("policy", "length") == sum(map(len, said)) / 4
@@ -128,7 +129,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
 
     told_rewards = [1.25, 1.25, 1.25, -2.5]  # one step of a kite, with a greeting; of a cake it is none
     expected = {"harmless_ratio": 1, "helpfulness": sum(star(-1, r, r) for r in told_rewards) / 4, "safe_reference": sum(r - 1 for r in told_rewards) / 8}
-    expected |= {"over_refusal": sum(star(1, 0, told_rewards[i]) for i in (0, 2, 3)) / 3, "harmlessness": sum(star(2, 1, r) for r in told_rewards) / 4}
+    expected |= {"refusal": star(1, 0, told_rewards[1]), "over_refusal": sum(star(1, 0, told_rewards[i]) for i in (0, 2, 3)) / 3, "harmlessness": sum(star(2, 1, r) for r in told_rewards) / 4}
     assert {f: value("optimum", f) for f in expected} == pytest.approx(expected)
     way = (4.5 / 4 - expected["safe_reference"]) / (expected["helpfulness"] - expected["safe_reference"])
     assert value("policy", "way") == pytest.approx(way) and (result["optimum"]["n"], result["optimum"]["samples"]) == (4, 2)
@@ -149,7 +150,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     assert preferences["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
     assert preferences["safe-unsafe/rewards/margins"] == pytest.approx(margins[[0, 2, 3]].mean().item(), abs=1e-4)
     policy = next(line for line in table({"run": result}).splitlines() if line.startswith("run"))
-    assert [cell for cell in policy.split()[1:] if "±" not in cell][:5] == ["75.0", "0.75", "1.12", "33.3", "25.0"]
+    assert [cell for cell in policy.split()[1:] if "±" not in cell][:6] == ["75.0", "0.75", "1.12", "33.3", "100.0", "25.0"]
     shown = [json.loads(line) for line in next(tmp_path.glob("samples*")).read_text().splitlines()]
     assert [(s["prompt"], s["policy"]) for s in shown] == [(x, y) for x, y, _ in VILLAGE]
 
