@@ -232,6 +232,7 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path, capsys):
     world, _ = theory.small_world(seed=0)
     assert figures["penalty"]["5"] == pytest.approx(theory.penalised_distance(world, 2.0, 5.0), abs=1e-9)
     assert figures["without T"]["2"]["unsafe"] == pytest.approx(theory.penalised_distance(world, 2.0, 2.0), abs=1e-9)
+    assert all(found["gradient"] < 1e-15 for found in figures["without T"].values())
     assert figures["equality"]["5"]["without"][0] < 0.05 < figures["equality"]["5"]["with"][0]
     for delta, curve in figures["tabular"].items():
         assert curve == theory.tabular(world, 2.0, float(delta), 12, 25.0)  # a step that suits any β
