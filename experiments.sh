@@ -83,6 +83,7 @@ limit-layers3 --n_layer 3
 limit-rows36000 --data $out/village36000 --init_from $out/village/seedSEED/safedpo-delta5/reference.pt
 END
 
+# [!l]*: all but limit-…
 python eval.py $out/village/*/[!l]* --json results/village.json > $out/logs/village.txt
 python eval.py $out/village/*/[!l]* --split unseen --json results/unseen.json > $out/logs/unseen.txt
 python eval.py $out/village/*/safedpo-delta{0,5} $out/village/*/limit-* --data toy --json results/limit.json > $out/logs/limit.txt

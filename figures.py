@@ -126,6 +126,7 @@ def collect(folder):
 
 
 def markdown(rows):
+    """Rows of text as a Markdown table, the first as its head."""
     head, *rest = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
 
@@ -161,7 +162,6 @@ def table(name):
 
 def with_tables(readme):
     """The README's text with every table made anew, between <!-- table: NAME --> and <!-- end -->."""
-
     return re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", readme, flags=re.S)
 
 
@@ -170,6 +170,7 @@ def with_tables(readme):
 
 
 def canvas(rows, columns, size):
+    """(figure, (rows, columns) panels) of size inches, on white: a page in dark mode shows it as it is."""
     figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for panel in axes.flat:
         panel.grid(color="#dddddd", linewidth=0.6)
@@ -231,6 +232,7 @@ def draw_deltas():
 
 
 def smooth(values, window=9):
+    """Means over the window's values around each; fewer at the ends."""
     return [statistics.mean(values[max(0, i - window // 2) : i + window // 2 + 1]) for i in range(len(values))]
 
 
