@@ -12,6 +12,7 @@ our process is not set for TRL's: it is measured as its users get it (README.md 
 Every measurement is a process of its own. The share is that of the device's own rate of matrix products, measured between the
 steps; the work counted is what the algorithm needs: no padding, nothing twice.
 """
+
 import contextlib
 import functools
 import importlib.util
@@ -33,12 +34,17 @@ from torch.distributed import is_torchelastic_launched
 import data
 import train
 from eval import log_probs
-from flags import autocast, flag, like, parse, run, settle, tune_cpu
+from lib.flags import autocast, flag, like, parse, run, settle, tune_cpu
 from model import ModelConfig, Transformer
 from safedpo import Pair
 
 WARM_UP = 2  # steps that are not timed
-TABLE = "batch_size", "prompt_tokens", "answer_tokens", "vocab_size"  # each doubled and doubled again
+TABLE = (
+    "batch_size",
+    "prompt_tokens",
+    "answer_tokens",
+    "vocab_size",
+)  # each doubled and doubled again
 BETA, DELTA, LEARNING_RATE, GRAD_CLIP = 0.1, 10.0, 1e-6, 1.0
 
 
@@ -84,8 +90,14 @@ def operations(c, pairs):
     block = c.d_model * (2 * c.d_model + 2 * c.n_kv_head * d_head + 3 * c.d_ff)
     tokens = sum(len(p.x) + len(p.y_w) + len(p.y_l) for p in pairs)
     answers = sum(len(p.y_w) + len(p.y_l) for p in pairs)
-    seen = sum(len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in (p.y_w, p.y_l)) for p in pairs)
-    return 2 * (c.n_layer * block * tokens + c.vocab_size * c.d_model * answers) + 4 * c.n_layer * c.d_model * seen
+    seen = sum(
+        len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in (p.y_w, p.y_l))
+        for p in pairs
+    )
+    return (
+        2 * (c.n_layer * block * tokens + c.vocab_size * c.d_model * answers)
+        + 4 * c.n_layer * c.d_model * seen
+    )
 
 
 def clock(device):
@@ -111,14 +123,24 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 1e9
     import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 def report(c, pairs, reference_time, step_times, **more):
     """The epoch's figures: the pass under the reference, and steps at the mean of those timed."""
     seconds = reference_time + c.steps * statistics.mean(step_times[WARM_UP:])
     tokens = sum(len(p.x) + len(p.y_w) + len(p.y_l) for p in pairs)
-    return {"pairs/s": len(pairs) / seconds, "tokens/s": tokens / seconds, "GB": peak_memory(torch.device(c.device)), "s": seconds, **more}
+    return {
+        "pairs/s": len(pairs) / seconds,
+        "tokens/s": tokens / seconds,
+        "GB": peak_memory(torch.device(c.device)),
+        "s": seconds,
+        **more,
+    }
 
 
 def ours(c):
@@ -129,7 +151,9 @@ def ours(c):
     model = train.prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
     if c.compile:
-        log_probs(model, data.Examples(pairs[: c.micro_batch_size]), device, c.dtype)  # compiling is no part of an epoch
+        log_probs(
+            model, data.Examples(pairs[: c.micro_batch_size]), device, c.dtype
+        )  # compiling is no part of an epoch
     start = clock(device)
     ref = log_probs(model, data.Examples(pairs), device, c.dtype, c.micro_batch_size)
     reference_time = clock(device) - start
@@ -138,13 +162,18 @@ def ours(c):
         group["lr"] = LEARNING_RATE
     scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
     loss, precision = train.preference_loss(BETA, DELTA), autocast(device, c.dtype)
-    for batches in data.ahead(data.step_batches(pairs, s, c.batch_size, c.micro_batch_size, c.seed, ref) for s in range(c.steps)):
+    for batches in data.ahead(
+        data.step_batches(pairs, s, c.batch_size, c.micro_batch_size, c.seed, ref)
+        for s in range(c.steps)
+    ):
         start = clock(device)
         train.train_step(model, optimizer, scaler, batches, loss, GRAD_CLIP, precision)
         times.append(clock(device) - start)
         rates.append(matmul_rate(device, getattr(torch, c.dtype)))
     figures = report(c, pairs, reference_time, times)
-    share = 4 * operations(c, pairs) / figures["s"] / statistics.mean(rates)  # backward counts as two forward passes
+    share = (
+        4 * operations(c, pairs) / figures["s"] / statistics.mean(rates)
+    )  # backward counts as two forward passes
     return {**figures, "share": share, "parameters": sum(p.numel() for p in model.parameters())}
 
 
@@ -177,10 +206,22 @@ def trl_trainer(model, pairs, c, **settings):
         bf16=c.dtype == "bfloat16", fp16=c.dtype == "float16", use_cpu=c.device == "cpu", seed=c.seed, report_to="none", save_strategy="no",
         disable_tqdm=True, logging_steps=1, dataloader_pin_memory=c.device != "cpu",
     )  # fmt: skip
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1})), pad_token="<pad>", eos_token="<eos>")
-    rows = Dataset.from_list([{"prompt_ids": p.x, "chosen_ids": p.y_w, "rejected_ids": p.y_l} for p in pairs])
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1})),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    rows = Dataset.from_list(
+        [{"prompt_ids": p.x, "chosen_ids": p.y_w, "rejected_ids": p.y_l} for p in pairs]
+    )
     timer = Clock()
-    trainer = Trainer(model=model, args=DPOConfig(**given, **settings), train_dataset=rows, processing_class=words, callbacks=[timer])
+    trainer = Trainer(
+        model=model,
+        args=DPOConfig(**given, **settings),
+        train_dataset=rows,
+        processing_class=words,
+        callbacks=[timer],
+    )
     trainer.timer = timer
     return trainer
 
@@ -198,8 +239,12 @@ def trl(c, at_once):
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
         bos_token_id=None,
     )  # fmt: skip
-    share = dict(per_device_train_batch_size=at_once, gradient_accumulation_steps=c.batch_size // at_once)
-    trainer = trl_trainer(LlamaForCausalLM(sizes), pairs, c, beta=BETA, learning_rate=LEARNING_RATE, **share)
+    share = dict(
+        per_device_train_batch_size=at_once, gradient_accumulation_steps=c.batch_size // at_once
+    )
+    trainer = trl_trainer(
+        LlamaForCausalLM(sizes), pairs, c, beta=BETA, learning_rate=LEARNING_RATE, **share
+    )
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.train()
     return report(c, pairs, trainer.reference_time, np.diff(trainer.timer.times).tolist())
@@ -221,27 +266,41 @@ def middle(results):
 
 def line(name, figures):
     share = f"{100 * figures['share']:9.0f} %" if "share" in figures else f"{'–':>11}"
-    print(f"{name:<34}{figures['pairs/s']:9.2f}{figures['tokens/s']:11.0f}{share}{figures['GB']:9.2f}", flush=True)
+    print(
+        f"{name:<34}{figures['pairs/s']:9.2f}{figures['tokens/s']:11.0f}{share}{figures['GB']:9.2f}",
+        flush=True,
+    )
 
 
 def main(argv=None):
     config = settle(Config(**parse(Config, argv)))
     if is_torchelastic_launched():
-        raise ValueError("torchrun starts this once a process, and each would measure alone; expected python bench.py")
+        raise ValueError(
+            "torchrun starts this once a process, and each would measure alone; expected python bench.py"
+        )
     if config.vs and config.table:
         raise ValueError(f"--table measures this code alone; leave it out, or --vs {config.vs}")
     if config.vs and not importlib.util.find_spec(config.vs):
         raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
-    print(f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, {config.dtype}, {config.device}, {torch.get_num_threads()} threads")
+    print(
+        f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, {config.dtype}, {config.device}, {torch.get_num_threads()} threads"
+    )
     print(f"{'':34}{'pairs/s':>9}{'tokens/s':>11}{'of matmul':>11}{'peak GB':>9}")
     if config.table:
         for name in TABLE:
             for factor in (1, 2, 4):
                 size = type(getattr(config, name))(getattr(config, name) * factor)
                 sizes = {name: size} | ({"micro_batch_size": size} if name == "batch_size" else {})
-                line(f"{name} {size:g}", middle([alone(ours, replace(config, **sizes)) for _ in range(config.rounds)]))
+                line(
+                    f"{name} {size:g}",
+                    middle([alone(ours, replace(config, **sizes)) for _ in range(config.rounds)]),
+                )
         return
-    peers = {f"trl, {n} at once": functools.partial(trl, at_once=n) for n in (config.batch_size, 1) if config.vs}
+    peers = {
+        f"trl, {n} at once": functools.partial(trl, at_once=n)
+        for n in (config.batch_size, 1)
+        if config.vs
+    }
     sides = {"ours": ours, **peers}
     found = {name: [] for name in sides}
     for _ in range(config.rounds):
@@ -250,8 +309,15 @@ def main(argv=None):
     for name in sides:
         line(name, middle(found[name]))
     for name in peers:
-        ratios = middle([{figure: a[figure] / b[figure] for figure in ("pairs/s", "GB")} for a, b in zip(found["ours"], found[name])])
-        print(f"{ratios['pairs/s']:.1f} times the pairs a second of {name}, in {ratios['GB']:.2f} of its memory")
+        ratios = middle(
+            [
+                {figure: a[figure] / b[figure] for figure in ("pairs/s", "GB")}
+                for a, b in zip(found["ours"], found[name])
+            ]
+        )
+        print(
+            f"{ratios['pairs/s']:.1f} times the pairs a second of {name}, in {ratios['GB']:.2f} of its memory"
+        )
 
 
 if __name__ == "__main__":

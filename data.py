@@ -1,4 +1,5 @@
 """From pairs of text to batches: token ids, in a file that is mapped into memory; the batches of a step."""
+
 import functools
 import itertools
 import tempfile
@@ -10,11 +11,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lib import records
+from lib.parallel import progress
 from model import Rows, pack_rows
-from parallel import progress
 from safedpo import Pair
+from village import world
 
 AT_ONCE = 1000  # pairs that are tokenized together
+
+
+def load(name):
+    """{"train": Records, "test": Records, …} of "toy", a file, or a folder."""
+    if name == "toy":
+        return {
+            split: records.of_rows(f"toy {split}", rows) for split, rows in world.splits().items()
+        }
+    return records.load(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,16 +81,24 @@ def encode(pairs, tokenizer, max_length, title=None):
     counts = Counter({"truncated": 0, "prompt too long": 0})
     encoded = TokenPairs(_encode(iter(progress(pairs, title)), tokenizer, max_length, counts))
     if not len(encoded):
-        raise ValueError(f"no pair is left: every prompt fills --max_length {max_length} alone; raise it")
+        raise ValueError(
+            f"no pair is left: every prompt fills --max_length {max_length} alone; raise it"
+        )
     return encoded, counts
 
 
 def _encode(pairs, tokenizer, max_length, counts):
     while part := list(itertools.islice(pairs, AT_ONCE)):
-        columns = (tokenizer.prompts(p.x for p in part), tokenizer.answers(p.y_w for p in part), tokenizer.answers(p.y_l for p in part))
+        columns = (
+            tokenizer.prompts(p.x for p in part),
+            tokenizer.answers(p.y_w for p in part),
+            tokenizer.answers(p.y_l for p in part),
+        )
         for pair, x, y_w, y_l in zip(part, *columns):
             if not x:
-                raise ValueError(f"the prompt {pair.x!r} is no token at all in template {tokenizer.template!r}; expected some text in it")
+                raise ValueError(
+                    f"the prompt {pair.x!r} is no token at all in template {tokenizer.template!r}; expected some text in it"
+                )
             room = max_length - len(x)
             if room < 1:
                 counts["prompt too long"] += 1
@@ -125,7 +145,11 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
     for start in range(0, len(chosen[::size]), micro_batch_size):
         part = chosen[rank::size][start : start + micro_batch_size]
         rows = pack_rows([(pairs[i].x, [pairs[i].y_w, pairs[i].y_l]) for i in part or chosen[:1]])
-        h_w, h_l = torch.tensor([(pairs[i].h_w, pairs[i].h_l) for i in part], dtype=torch.int64).view(-1, 2).T
+        h_w, h_l = (
+            torch.tensor([(pairs[i].h_w, pairs[i].h_l) for i in part], dtype=torch.int64)
+            .view(-1, 2)
+            .T
+        )
         ref_w, ref_l = (None, None) if ref is None else ref[part].T
         batches.append(Batch(rows, h_w, h_l, ref_w, ref_l, part, len(chosen), step_tokens))
     return batches

@@ -17,6 +17,7 @@ Everything but attention works on these, one by one, without padding. Attention 
 A prompt's keys and values are the same in each of them, so that this is exact, and no mask is needed: the padding stands
 behind every real token, where none can see it.
 """
+
 import functools
 import math
 from dataclasses import dataclass
@@ -51,12 +52,16 @@ class ModelConfig:
     def __post_init__(self):
         if not self.d_head:
             if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
-                raise ValueError(f"d_model {self.d_model} must be n_head {self.n_head} times an even head size")
+                raise ValueError(
+                    f"d_model {self.d_model} must be n_head {self.n_head} times an even head size"
+                )
             object.__setattr__(self, "d_head", self.d_model // self.n_head)  # frozen
         if self.d_head % 2:
             raise ValueError(f"the head size {self.d_head} must be even")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(
+                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
+            )
 
     def check_length(self, tokens):
         if 0 < self.window < tokens:
@@ -73,8 +78,12 @@ class Rows(NamedTuple):
     """R prompts with A answers, N answer tokens, T tokens in all, the longest prompt and answer having L together."""
 
     tokens: torch.Tensor  # (T,) int64, row after row
-    position: torch.Tensor  # (T,) int64: where the token would stand if its answer alone followed the prompt
-    sequences: torch.Tensor  # (A, L) int64: which of the T tokens attention sees there; 0 behind the last one
+    position: (
+        torch.Tensor
+    )  # (T,) int64: where the token would stand if its answer alone followed the prompt
+    sequences: (
+        torch.Tensor
+    )  # (A, L) int64: which of the T tokens attention sees there; 0 behind the last one
     place: torch.Tensor  # (T,) int64: flat index into sequences of (one of) its places
     source: torch.Tensor  # (N,) int64: which of the T tokens predicts the n-th answer token
     target: torch.Tensor  # (N,) int64: the n-th answer token
@@ -123,7 +132,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         x32 = x.float()  # the mean of squares overflows in fp16
-        return self.weight * (x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + self.eps)).type_as(x)
+        return self.weight * (
+            x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + self.eps)
+        ).type_as(x)
 
 
 def rotate(x, cos, sin):
@@ -140,16 +151,30 @@ class Attention(nn.Module):
         self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=False)
 
     def forward(self, x, rotary, sequences, place, visible=None, cache=None):
-        qk, v = self.qkv(x).unflatten(-1, (-1, self.d_head)).split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
+        qk, v = (
+            self.qkv(x)
+            .unflatten(-1, (-1, self.d_head))
+            .split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
+        )
         if self.qk_norms:
-            qk = torch.cat([norm(x) for norm, x in zip(self.qk_norms, qk.split((self.n_head, self.n_kv_head), 1))], 1)
+            qk = torch.cat(
+                [
+                    norm(x)
+                    for norm, x in zip(self.qk_norms, qk.split((self.n_head, self.n_kv_head), 1))
+                ],
+                1,
+            )
         qkv = torch.cat((rotate(qk, *rotary), v), 1)  # (T, heads, D)
-        qkv = qkv.index_select(0, sequences.flatten()).unflatten(0, sequences.shape).transpose(1, 2)  # (A, heads, L, D)
+        qkv = (
+            qkv.index_select(0, sequences.flatten()).unflatten(0, sequences.shape).transpose(1, 2)
+        )  # (A, heads, L, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
         if cache is not None:
             k, v = cache.extend(k, v)
         grouped = self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, visible, is_causal=visible is None, enable_gqa=grouped
+        )
         return self.out(y.transpose(1, 2).flatten(0, 1).index_select(0, place).flatten(1))
 
 
@@ -183,7 +208,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.checkpointing = False  # True: a block's inner values are computed again in the backward pass, not kept
+        self.checkpointing = (
+            False  # True: a block's inner values are computed again in the backward pass, not kept
+        )
         self.tie()
         self.apply(self._init)
 
@@ -213,7 +240,11 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         rotary = self.rotary(position)
         for i, block in enumerate(self.blocks):
-            run = functools.partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+            run = (
+                functools.partial(checkpoint, block, use_reentrant=False)
+                if self.checkpointing
+                else block
+            )
             x = run(x, rotary, sequences, place, visible, caches and caches[i])
         return self.norm(x)
 
@@ -247,7 +278,9 @@ class Transformer(nn.Module):
         caches = [Cache(L + max_new_tokens) for _ in self.blocks]
         hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place, caches=caches)
         hidden = hidden[length.cumsum(0) - 1]  # (R, d)
-        seen = (column < length[:, None]) | (column >= L)  # (R, columns): the prompt, and what is sampled
+        seen = (column < length[:, None]) | (
+            column >= L
+        )  # (R, columns): the prompt, and what is sampled
         answers = torch.full((R, max_new_tokens), eos, device=device)
         row = torch.arange(R, device=device)  # which prompts are still in the batch
         ended = torch.zeros(R, dtype=torch.bool, device=device)
@@ -259,11 +292,15 @@ class Transformer(nn.Module):
             if not len(going) or t + 1 == max_new_tokens:
                 break
             if len(going) <= len(ended) // 2:  # the others only cost time
-                row, token, length, seen, ended = (x[going] for x in (row, token, length, seen, ended))
+                row, token, length, seen, ended = (
+                    x[going] for x in (row, token, length, seen, ended)
+                )
                 for cache in caches:
                     cache.select(going)
             own = torch.arange(len(row), device=device)
-            hidden = self.hidden(token, length + t, own[:, None], own, seen[:, None, None, : L + t + 1], caches)
+            hidden = self.hidden(
+                token, length + t, own[:, None], own, seen[:, None, None, : L + t + 1], caches
+            )
         answers = answers.tolist()
         return [y[: y.index(eos) + 1] if eos in y else y for y in answers]
 
@@ -276,7 +313,9 @@ class Cache:
 
     def extend(self, k, v):
         if self.keys is None:
-            self.keys, self.values = (t.new_empty(*t.shape[:2], self.columns, t.shape[3]) for t in (k, v))
+            self.keys, self.values = (
+                t.new_empty(*t.shape[:2], self.columns, t.shape[3]) for t in (k, v)
+            )
         start, self.filled = self.filled, self.filled + k.shape[2]
         self.keys[:, :, start : self.filled], self.values[:, :, start : self.filled] = k, v
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
@@ -291,10 +330,14 @@ def sample(logits, temperature, top_p, generator):
     """logits (R, V) → one token for each row, (R,)."""
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no overflow, however cold
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(
+        -1
+    )  # no overflow, however cold
     if top_p < 1:
         descending, token = probs.sort(-1, descending=True)
-        outside = descending.cumsum(-1) - descending >= top_p  # those before it reach top_p without it
+        outside = (
+            descending.cumsum(-1) - descending >= top_p
+        )  # those before it reach top_p without it
         outside[..., 0] = False
         probs = probs.scatter(-1, token, descending.masked_fill(outside, 0.0))
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
@@ -330,7 +373,12 @@ class TokenLogps(torch.autograd.Function):
         grad_hidden, grad_head = [], None
         for h, t, g in zip(*(x.split(ctx.size) for x in (hidden, target, grad))):
             all_logps = F.linear(h, weight).float().log_softmax(-1) if kept is None else kept
-            grad_logits = all_logps.exp_().mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None]).to(ctx.dtype)
+            grad_logits = (
+                all_logps.exp_()
+                .mul_(-g[:, None])
+                .scatter_add_(1, t[:, None], g[:, None])
+                .to(ctx.dtype)
+            )
             grad_hidden.append(grad_logits @ weight)
             part = (grad_logits.T @ h).to(head.dtype)
             grad_head = part if grad_head is None else grad_head.add_(part)

@@ -11,6 +11,7 @@ Where we differ from the paper, or had to decide what it leaves open:
   - Pairs with both answers unsafe are discarded, as v2 says; an earlier description of the method is silent on them.
   - "noswap", the ablation of T's swap, still discards both-unsafe pairs; without that it would be "helpful".
 """
+
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,9 @@ def optimal_policy(ref_probs, reward, unsafe, beta):
     """
     score = (ref_probs.log() + reward / beta).masked_fill(unsafe.bool(), -torch.inf)
     if torch.isneginf(score).all(-1).any():
-        raise ValueError("optimal_policy: a prompt has no safe answer with ref_probs > 0; Assumption 4.1 asks for one")
+        raise ValueError(
+            "optimal_policy: a prompt has no safe answer with ref_probs > 0; Assumption 4.1 asks for one"
+        )
     return score.softmax(-1)
 
 

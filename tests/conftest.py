@@ -1,29 +1,34 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import train
+from lib import flags
+from village import world
 
-import flags  # noqa: E402
-import toy_world  # noqa: E402
-import train  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SHORT = "--batch_size 16 --sft_batch_size 16 --micro_batch_size 8 --epochs 1 --eval_prompts 8 --max_new_tokens 12 --device cpu".split()
-TINY = "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 16 --vocab_size 400".split() + SHORT  # a second or two
+TINY = (
+    "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 16 --vocab_size 400".split() + SHORT
+)  # a second or two
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=5, help="how often tests/dev/test_survival.py kills a run, in each of its ways")
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=5,
+        help="how often tests/dev/test_survival.py kills a run, in each of its ways",
+    )
 
 
 @pytest.fixture(scope="session")
 def rows():
     """A folder with a small train and test split of the toy world, as JSON lines."""
-    return toy_world.splits(n_train=96)
+    return world.splits(n_train=96)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """The benchmark: what it counts, and that it runs."""
+
 import subprocess
 import sys
 
@@ -19,8 +20,12 @@ def config(*flags):
 
 def test_operations_by_hand():
     pairs = [Pair([2] * 4, [3, 3, 1], [4, 1], 0, 0)]  # 9 tokens, 5 of them answers
-    weights = 16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 24  # q k v, out, SwiGLU: each token is multiplied by all
-    seen = 4 * 4 / 2 + 3 * (4 + 1.5) + 2 * (4 + 1)  # keys seen by the prompt's queries and each answer's
+    weights = (
+        16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 24
+    )  # q k v, out, SwiGLU: each token is multiplied by all
+    seen = (
+        4 * 4 / 2 + 3 * (4 + 1.5) + 2 * (4 + 1)
+    )  # keys seen by the prompt's queries and each answer's
     expected = 2 * (9 * weights + 5 * 300 * 16) + 2 * 2 * 16 * seen  # scores, and sums of values
     assert bench.operations(config(), pairs) == expected
 
@@ -29,40 +34,67 @@ def test_operations_against_torchs_own_count():
     from torch.utils.flop_counter import FlopCounterMode
 
     c = config()
-    net, pairs = Transformer(ModelConfig(**{name: getattr(c, name) for name in bench.train.SIZE_FLAGS})), bench.make_pairs(c)
+    net, pairs = (
+        Transformer(ModelConfig(**{name: getattr(c, name) for name in bench.train.SIZE_FLAGS})),
+        bench.make_pairs(c),
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for p in pairs:
             net(pack_rows([(p.x, [p.y_w, p.y_l])]))
-    attention = 4 * 16 * sum(len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in p[1:3]) for p in pairs)
-    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = (
+        4
+        * 16
+        * sum(
+            len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in p[1:3]) for p in pairs
+        )
+    )
+    products = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+    )
     assert bench.operations(c, pairs) - attention == products
 
 
 def test_pairs_have_the_lengths_asked_for():
-    pairs = bench.make_pairs(config("--steps", "400", "--prompt_tokens", "25", "--answer_tokens", "80"))
+    pairs = bench.make_pairs(
+        config("--steps", "400", "--prompt_tokens", "25", "--answer_tokens", "80")
+    )
     mean = lambda lengths: sum(lengths) / len(lengths)
     assert mean([len(p.x) for p in pairs]) == pytest.approx(25, rel=0.05)
-    assert mean([len(p.y_w) for p in pairs]) == pytest.approx(81, rel=0.05) and pairs[0].y_w[-1] == 1
+    assert (
+        mean([len(p.y_w) for p in pairs]) == pytest.approx(81, rel=0.05) and pairs[0].y_w[-1] == 1
+    )
 
 
 def test_it_prints_figures(capsys):
     bench.main([*SMALL, "--checkpointing"])
     *_, line = capsys.readouterr().out.splitlines()
     name, pairs, tokens, share, _, memory = line.split()
-    assert name == "ours" and float(pairs) > 0 and float(tokens) > 5 * float(pairs) and float(memory) > 0.1
+    assert (
+        name == "ours"
+        and float(pairs) > 0
+        and float(tokens) > 5 * float(pairs)
+        and float(memory) > 0.1
+    )
 
 
 def test_figures_by_hand(monkeypatch):
     monkeypatch.setattr(bench, "peak_memory", lambda device: 1.5)
-    pairs = [Pair([2] * 4, [3, 3, 1], [4, 1], 0, 0)] * 12  # 4 steps of 3, of which two are timed: 2 s each on average
-    figures = bench.report(config("--steps", "4", "--batch_size", "3"), pairs, 4.0, [50.0, 50.0, 1.0, 3.0])
+    pairs = [
+        Pair([2] * 4, [3, 3, 1], [4, 1], 0, 0)
+    ] * 12  # 4 steps of 3, of which two are timed: 2 s each on average
+    figures = bench.report(
+        config("--steps", "4", "--batch_size", "3"), pairs, 4.0, [50.0, 50.0, 1.0, 3.0]
+    )
     assert figures == {"pairs/s": 12 / (4 + 4 * 2), "tokens/s": 12 * 9 / 12, "GB": 1.5, "s": 12.0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_that_is_timed_is_the_whole_step(monkeypatch, dtype):
     calls, now = [], [0.0]
-    step = lambda batches: calls.append([i for batch in batches for i in batch.pairs]) or now.__setitem__(0, now[0] + 2.0)
+    step = lambda batches: (
+        calls.append([i for batch in batches for i in batch.pairs])
+        or now.__setitem__(0, now[0] + 2.0)
+    )
 
     def train_step(model, optimizer, scaler, batches, loss, clip, precision):
         with precision:
@@ -71,23 +103,31 @@ def test_the_step_that_is_timed_is_the_whole_step(monkeypatch, dtype):
 
     monkeypatch.setattr(bench.train, "train_step", train_step)
     monkeypatch.setattr(bench, "clock", lambda device: now[0])
-    monkeypatch.setattr(bench, "matmul_rate", lambda device, kind: {getattr(torch, dtype): 1e6}[kind])
+    monkeypatch.setattr(
+        bench, "matmul_rate", lambda device, kind: {getattr(torch, dtype): 1e6}[kind]
+    )
     c = config("--dtype", dtype)
     figures = bench.ours(c)
     assert [len(pairs) for pairs in calls] == [8] * 3 and sorted(sum(calls, [])) == list(range(24))
     assert figures["s"] == 6.0 and figures["pairs/s"] == 4.0
-    assert figures["share"] == pytest.approx(4 * bench.operations(c, bench.make_pairs(c)) / 6.0 / 1e6)
+    assert figures["share"] == pytest.approx(
+        4 * bench.operations(c, bench.make_pairs(c)) / 6.0 / 1e6
+    )
 
 
 def test_the_rate_is_that_of_a_product(monkeypatch):
     times = iter([0.0, 0.05, 0.15])
     monkeypatch.setattr(bench, "clock", lambda device: next(times))
-    assert bench.matmul_rate(torch.device("cpu"), torch.float32) == pytest.approx(2 * 1024**3 / 0.15)
+    assert bench.matmul_rate(torch.device("cpu"), torch.float32) == pytest.approx(
+        2 * 1024**3 / 0.15
+    )
 
 
 def test_memory_is_that_of_the_process():
     program = "import bench, torch; held = torch.ones(2**28); print(bench.peak_memory(torch.device('cpu')))"  # 1.07 GB
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT
+    ).stdout
     assert 1.1 < float(said) < 1.9
 
 

@@ -1,4 +1,5 @@
 """Files: written whole or not at all, damage recognised, nothing executed, nothing swallowed."""
+
 import gzip
 import json
 import os
@@ -10,10 +11,9 @@ import pytest
 import torch
 from conftest import SHORT, TINY, complaint
 
-import checkpoint
 import eval as eval_room
-import records
 import train
+from lib import checkpoint, records
 
 
 def equal(a, b):
@@ -28,15 +28,23 @@ def test_a_changed_byte_or_a_cut_is_recognised_or_changes_nothing(finished, tmp_
     random.seed(0)
     raw = (finished / "policy.pt").read_bytes()
     expected, seen = checkpoint.load(finished / "policy.pt"), 0
-    places = [random.randrange(len(raw)) for _ in range(300)] + list(range(len(raw) - 1000, len(raw)))  # the end holds zip's table
+    places = [random.randrange(len(raw)) for _ in range(300)] + list(
+        range(len(raw) - 1000, len(raw))
+    )  # the end holds zip's table
     for i, place in enumerate(places):
-        changed = raw[:place] if i % 6 == 0 else raw[:place] + bytes([raw[place] ^ 1 << random.randrange(8)]) + raw[place + 1 :]
+        changed = (
+            raw[:place]
+            if i % 6 == 0
+            else raw[:place] + bytes([raw[place] ^ 1 << random.randrange(8)]) + raw[place + 1 :]
+        )
         (tmp_path / "x.pt").write_bytes(changed)
         try:
             assert equal(checkpoint.load(tmp_path / "x.pt"), expected), place
         except ValueError as e:
             seen += 1
-            assert str(e).startswith(f"{tmp_path / 'x.pt'}: damaged, or not a checkpoint of ours (") and "\n" not in str(e)
+            assert str(e).startswith(
+                f"{tmp_path / 'x.pt'}: damaged, or not a checkpoint of ours ("
+            ) and "\n" not in str(e)
     assert seen > 700
     packed = tmp_path / "packed.pt"
     shutil.copy(finished / "policy.pt", packed)
@@ -63,7 +71,10 @@ def test_the_one_before_is_kept_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "state.pt"
     for step in (1, 2, 3):
         checkpoint.save(path, {"step": step}, keep=True)
-    assert checkpoint.load(path)["step"] == 3 and checkpoint.load(tmp_path / "state.previous.pt")["step"] == 2
+    assert (
+        checkpoint.load(path)["step"] == 3
+        and checkpoint.load(tmp_path / "state.previous.pt")["step"] == 2
+    )
     path.write_bytes(path.read_bytes()[:-100])
     assert checkpoint.load_last(path)["step"] == 2
     path.unlink()
@@ -90,12 +101,20 @@ def scramble(path):
     path.write_bytes(raw)
 
 
-DAMAGE = {"cut": lambda path: os.truncate(path, path.stat().st_size // 2), "empty": lambda path: os.truncate(path, 0), "a changed bit": scramble}
+DAMAGE = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "a changed bit": scramble,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-@pytest.mark.parametrize("names", [["state.pt"], ["state.pt", "state.previous.pt"], ["ref_logps.pt"]], ids=len)
-def test_a_damaged_state_gives_way_to_the_one_before(finished, folder, capsys, tmp_path, monkeypatch, damage, names):
+@pytest.mark.parametrize(
+    "names", [["state.pt"], ["state.pt", "state.previous.pt"], ["ref_logps.pt"]], ids=len
+)
+def test_a_damaged_state_gives_way_to_the_one_before(
+    finished, folder, capsys, tmp_path, monkeypatch, damage, names
+):
     argv = [*TINY, "--data", str(folder), "--delta", "5", "--out_dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         stop_after(patch, 9)
@@ -126,10 +145,30 @@ def test_nothing_executes(finished, folder, capsys, tmp_path):
         shutil.copytree(finished, run)
         for gone in ("policy.pt", "eval.json"):
             (run / gone).unlink()
-        torch.save({"stage": "safedpo", "model": Evil(str(proof)), "config": Evil(str(proof)), "ref": Evil(str(proof))}, run / name)
+        torch.save(
+            {
+                "stage": "safedpo",
+                "model": Evil(str(proof)),
+                "config": Evil(str(proof)),
+                "ref": Evil(str(proof)),
+            },
+            run / name,
+        )
         if name == "policy.pt":
             complaint(eval_room.main, [str(run)], capsys)
-            complaint(train.main, [*SHORT, "--data", str(folder), "--init_from", str(run), "--out_dir", str(tmp_path / "x")], capsys)
+            complaint(
+                train.main,
+                [
+                    *SHORT,
+                    "--data",
+                    str(folder),
+                    "--init_from",
+                    str(run),
+                    "--out_dir",
+                    str(tmp_path / "x"),
+                ],
+                capsys,
+            )
         elif name == "reference.pt":
             complaint(train.main, ["--resume", "--out_dir", str(run)], capsys)
         else:
@@ -143,24 +182,42 @@ def test_nothing_executes(finished, folder, capsys, tmp_path):
 
 def test_a_state_that_fits_no_run_is_named(finished, folder, capsys, tmp_path):
     run = tmp_path / "run"
-    for state in ({"stage": "safedpo"}, {"stage": "safedpo", "step": 1, "model": {"a": torch.zeros(1)}, "optimizer": {}, "scaler": {}}):
+    for state in (
+        {"stage": "safedpo"},
+        {
+            "stage": "safedpo",
+            "step": 1,
+            "model": {"a": torch.zeros(1)},
+            "optimizer": {},
+            "scaler": {},
+        },
+    ):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(finished, run)
         (run / "policy.pt").unlink()
         checkpoint.save(run / "state.pt", state)
-        assert "state.pt: does not fit the run" in complaint(train.main, ["--resume", "--out_dir", str(run)], capsys)
+        assert "state.pt: does not fit the run" in complaint(
+            train.main, ["--resume", "--out_dir", str(run)], capsys
+        )
         (run / "state.pt").unlink()
         (run / "metrics.jsonl").write_text('{"stage": "sft", "step": 1}\nbroken\n')
-        assert "metrics.jsonl:2: not valid JSON" in complaint(train.main, ["--resume", "--out_dir", str(run)], capsys)
+        assert "metrics.jsonl:2: not valid JSON" in complaint(
+            train.main, ["--resume", "--out_dir", str(run)], capsys
+        )
 
 
 @pytest.mark.parametrize("depth", [99, 101, 500, 900, 980, 995, 1100, 100_000])
 def test_json_that_nests_absurdly(depth):
-    for raw in (b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}", b'{"a":' * depth + b"1" + b"}" * depth):
+    for raw in (
+        b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}",
+        b'{"a":' * depth + b"1" + b"}" * depth,
+    ):
         if depth < 100:
             checkpoint.parse_json(raw, "f:1")
         else:
-            with pytest.raises(ValueError, match="f:1: JSON (nested more than 100 deep|that cannot be read)"):
+            with pytest.raises(
+                ValueError, match="f:1: JSON (nested more than 100 deep|that cannot be read)"
+            ):
                 checkpoint.parse_json(raw, "f:1")
 
 
@@ -189,6 +246,10 @@ def test_spoiled_answers_and_figures(finished, folder, capsys, tmp_path):
     shutil.copytree(finished, run := tmp_path / "run")
     (run / "eval.json").write_text("{}")
     eval_room.main([str(run)])
-    assert json.loads((run / "eval.json").read_text()) == json.loads((finished / "eval.json").read_text())
+    assert json.loads((run / "eval.json").read_text()) == json.loads(
+        (finished / "eval.json").read_text()
+    )
     (run / "samples.jsonl").write_text('{"prompt": "x", "policy": 5}\n')
-    assert "samples.jsonl:1: reference is missing" in complaint(eval_room.main, [str(run), "--scores", str(run / "samples.jsonl")], capsys)
+    assert "samples.jsonl:1: reference is missing" in complaint(
+        eval_room.main, [str(run), "--scores", str(run / "samples.jsonl")], capsys
+    )

@@ -1,4 +1,5 @@
 """Pairs of text to batches: every token accounted for."""
+
 import json
 import tracemalloc
 from collections import Counter
@@ -11,19 +12,29 @@ from tokenizers import models
 
 import data
 from data import ahead, encode, step_batches, steps_per_epoch
-from records import choose_pairs, load, read_jsonl
+from lib.records import choose_pairs, load, read_jsonl
+from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair
-from tokenizer import TEMPLATES, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(islice(load("toy")["train"], 300), 600, TEMPLATES["plain"])
+    return Tokenizer.train(islice(data.load("toy")["train"], 300), 600, TEMPLATES["plain"])
 
 
-TEXTS = ["First bend the copper.", " leading", "tab\tand\nnewline ", "żółć 🎉 \u200f שלום \u200b", "a <eos> b", "<eos>", "", "\x00\x07", "12345"]
+TEXTS = [
+    "First bend the copper.",
+    " leading",
+    "tab\tand\nnewline ",
+    "żółć 🎉 \u200f שלום \u200b",
+    "a <eos> b",
+    "<eos>",
+    "",
+    "\x00\x07",
+    "12345",
+]
 
 
 def test_any_text_round_trips_and_ends_in_one_eos(tokenizer):
@@ -58,13 +69,18 @@ def test_prompt_and_answer_meet_on_a_token_border(tokenizer):
 
 
 def test_truncation_rule(tokenizer):
-    (x,), (long, short) = tokenizer.prompts(["a?"]), tokenizer.answers(["First bend the copper. Then fit the glass.", "b"])
+    (x,), (long, short) = (
+        tokenizer.prompts(["a?"]),
+        tokenizer.answers(["First bend the copper. Then fit the glass.", "b"]),
+    )
     room = len(short) + 1
     pair = Pair("a?", "First bend the copper. Then fit the glass.", "b", 0, 1)
     (cut,), counts = encode([pair], tokenizer, len(x) + room)
     assert cut == Pair(x, long[:room], short, 0, 1) and cut.y_w[-1] != tokenizer.eos
     assert counts == {"truncated": 1, "prompt too long": 0}
-    kept, counts = encode([pair, Pair("First bend the copper. " * 9, "b", "c", 0, 0)], tokenizer, len(x) + room)
+    kept, counts = encode(
+        [pair, Pair("First bend the copper. " * 9, "b", "c", 0, 0)], tokenizer, len(x) + room
+    )
     assert len(kept) == 1 and counts["prompt too long"] == 1
     with pytest.raises(ValueError, match="raise it"):
         encode([pair], tokenizer, len(x))
@@ -73,16 +89,32 @@ def test_truncation_rule(tokenizer):
 def test_records_stream_and_tokens_lie_in_a_file(tokenizer, tmp_path, monkeypatch):
     """Tokenizing a file takes no memory that grows with it, but for 26 bytes a pair."""
     monkeypatch.setattr(data, "AT_ONCE", 100)
-    row = {"response_0": "yes", "response_1": "no", "is_response_0_safe": True, "is_response_1_safe": False, "better_response_id": 0, "safer_response_id": 0}
+    row = {
+        "response_0": "yes",
+        "response_1": "no",
+        "is_response_0_safe": True,
+        "is_response_1_safe": False,
+        "better_response_id": 0,
+        "safer_response_id": 0,
+    }
     path, n = tmp_path / "train.jsonl", 10000
-    path.write_text("".join(json.dumps({"prompt": f"prompt {i} " + "word " * 100, **row}) + "\n" for i in range(n)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"prompt {i} " + "word " * 100, **row}) + "\n" for i in range(n)
+        )
+    )
     tracemalloc.start()
-    pairs, _ = encode(choose_pairs(read_jsonl(path, Counter()), "safedpo", Counter()), tokenizer, 1000)
+    pairs, _ = encode(
+        choose_pairs(read_jsonl(path, Counter()), "safedpo", Counter()), tokenizer, 1000
+    )
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(pairs) == n and path.stat().st_size > 6e6 and pairs.tokens.nbytes > 10e6
     assert held < 50 * n and peak < 3e6 + 50 * n
-    assert pairs[n - 1].x == tokenizer.prompts([f"prompt {n - 1} " + "word " * 100])[0] and pairs[0].h_l == 1
+    assert (
+        pairs[n - 1].x == tokenizer.prompts([f"prompt {n - 1} " + "word " * 100])[0]
+        and pairs[0].h_l == 1
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +122,9 @@ def test_records_stream_and_tokens_lie_in_a_file(tokenizer, tmp_path, monkeypatc
 
 def token_pairs(n=23):
     g = torch.Generator().manual_seed(0)
-    ids = lambda: torch.randint(1, 40, (int(torch.randint(1, 12, (1,), generator=g)),), generator=g).tolist()
+    ids = lambda: torch.randint(
+        1, 40, (int(torch.randint(1, 12, (1,), generator=g)),), generator=g
+    ).tolist()
     return [Pair([100 + i], ids(), ids(), 0, i % 2) for i in range(n)]
 
 
@@ -116,7 +150,11 @@ def test_a_step_is_sorted_and_carries_its_own_totals():
     assert {b.step_tokens for b in batches} == {sum(len(b.rows.target) for b in batches)}
     for b in batches:  # references and labels travel with their pairs
         i = b.rows.tokens[b.rows.position == 0] - 100
-        assert torch.equal(b.ref_w, ref[i, 0]) and torch.equal(b.ref_l, ref[i, 1]) and torch.equal(b.h_l, i % 2)
+        assert (
+            torch.equal(b.ref_w, ref[i, 0])
+            and torch.equal(b.ref_l, ref[i, 1])
+            and torch.equal(b.h_l, i % 2)
+        )
 
 
 def test_last_step_of_an_epoch_may_be_short():
@@ -128,12 +166,20 @@ def test_processes_share_a_step_without_remainder_or_overlap():
     pairs, ref = token_pairs(), torch.arange(46.0).view(23, 2)
     for step, size in ((0, 2), (0, 3), (4, 2), (4, 5)):  # the last step has 3 pairs
         (whole,) = step_batches(pairs, step, 5, 5, seed=0, ref=ref)
-        shares = [step_batches(pairs, step, 5, 2, seed=0, ref=ref, rank=rank, size=size) for rank in range(size)]
-        assert len({len(share) for share in shares}) == 1, "each as many micro-batches as the others"
+        shares = [
+            step_batches(pairs, step, 5, 2, seed=0, ref=ref, rank=rank, size=size)
+            for rank in range(size)
+        ]
+        assert len({len(share) for share in shares}) == 1, (
+            "each as many micro-batches as the others"
+        )
         seen = [[i for batch in share for i in batch.pairs] for share in shares]
         assert seen == [whole.pairs[rank::size] for rank in range(size)]
         for batch in (batch for share in shares for batch in share):
-            assert len(batch.h_w) == len(batch.ref_l) == len(batch.pairs) and len(batch.rows.sequences) >= 2
+            assert (
+                len(batch.h_w) == len(batch.ref_l) == len(batch.pairs)
+                and len(batch.rows.sequences) >= 2
+            )
             assert (batch.step_pairs, batch.step_tokens) == (whole.step_pairs, whole.step_tokens)
 
 

@@ -1,4 +1,5 @@
 """Bad input ends in one clear line and exit code 2, and nothing is overwritten."""
+
 import json
 import shutil
 import subprocess
@@ -21,7 +22,10 @@ import train
         (["--delta", "nan"], "argument --delta: nan is out of range"),
         (["--delta", "inf"], "argument --delta: inf is out of range"),
         (["--beta", "0"], "argument --beta: 0.0 is out of range; expected above 0"),
-        (["--label_noise", "1.5"], "argument --label_noise: 1.5 is out of range; expected at most 1"),
+        (
+            ["--label_noise", "1.5"],
+            "argument --label_noise: 1.5 is out of range; expected at most 1",
+        ),
         (["--epochs", "0"], "argument --epochs: 0 is out of range"),
         (["--batch_size", "2.5"], "argument --batch_size: invalid int value: '2.5'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
@@ -33,20 +37,44 @@ import train
         (["--n_head", "3"], "d_model 128 must be n_head 3 times an even head size"),
         (["--n_kv_head", "3"], "n_head 4 must be a multiple of n_kv_head 3"),
         (["--resume"], "holds no run to resume"),
-        (["--sft_epochs", "0"], "--sft_epochs 0 needs a model to start from; expected --init_from FOLDER"),
-        (["--init_from", "."], "--init_from .: no policy.pt and no config.json; expected a run of ours or a Hugging Face model"),
-        (["--delta", "1e39"], "argument --delta: 1e+39 is out of range; expected a finite number that float32 holds"),
-        (["--beta", "1e-40"], "argument --beta: 1e-40 is out of range; expected a finite number that float32 holds"),
+        (
+            ["--sft_epochs", "0"],
+            "--sft_epochs 0 needs a model to start from; expected --init_from FOLDER",
+        ),
+        (
+            ["--init_from", "."],
+            "--init_from .: no policy.pt and no config.json; expected a run of ours or a Hugging Face model",
+        ),
+        (
+            ["--delta", "1e39"],
+            "argument --delta: 1e+39 is out of range; expected a finite number that float32 holds",
+        ),
+        (
+            ["--beta", "1e-40"],
+            "argument --beta: 1e-40 is out of range; expected a finite number that float32 holds",
+        ),
         (["--beta", "-0.1"], "argument --beta: -0.1 is out of range; expected above 0"),
-        (["--label_noise", "-0.1"], "argument --label_noise: -0.1 is out of range; expected at least 0"),
+        (
+            ["--label_noise", "-0.1"],
+            "argument --label_noise: -0.1 is out of range; expected at least 0",
+        ),
         (["--seed", "-1"], "argument --seed: -1 is out of range; expected at least 0"),
-        (["--seed", "1" + "0" * 20], "argument --seed: 100000000000000000000 is out of range; expected a smaller one"),
+        (
+            ["--seed", "1" + "0" * 20],
+            "argument --seed: 100000000000000000000 is out of range; expected a smaller one",
+        ),
         (["--n_layer", "0"], "argument --n_layer: 0 is out of range; expected above 0"),
-        (["--n_layer", "1000000"], "argument --n_layer: 1000000 is out of range; expected at most 1024"),
+        (
+            ["--n_layer", "1000000"],
+            "argument --n_layer: 1000000 is out of range; expected at most 1024",
+        ),
         (["--d_model", "2000000"], "argument --d_model: 2000000 is out of range"),
         (["--d_model", "1000000", "--n_head", "2"], "out of memory"),
         (["--d_ff", "0"], "argument --d_ff: 0 is out of range"),
-        (["--vocab_size", "10"], "argument --vocab_size: 10 is out of range; expected at least 257"),
+        (
+            ["--vocab_size", "10"],
+            "argument --vocab_size: 10 is out of range; expected at least 257",
+        ),
         (["--max_length", "1"], "argument --max_length: 1 is out of range; expected at least 2"),
         (["--sft_epochs", "-1"], "argument --sft_epochs: -1 is out of range; expected at least 0"),
         (["--sft_lr", "0"], "argument --sft_lr: 0.0 is out of range; expected above 0"),
@@ -55,11 +83,17 @@ import train
         (["--batch_size", "0"], "argument --batch_size: 0 is out of range"),
         (["--micro_batch_size", "0"], "argument --micro_batch_size: 0 is out of range"),
         (["--warmup", "1.1"], "argument --warmup: 1.1 is out of range; expected at most 1"),
-        (["--weight_decay", "-1"], "argument --weight_decay: -1.0 is out of range; expected at least 0"),
+        (
+            ["--weight_decay", "-1"],
+            "argument --weight_decay: -1.0 is out of range; expected at least 0",
+        ),
         (["--grad_clip", "0"], "argument --grad_clip: 0.0 is out of range; expected above 0"),
         (["--save_every", "0"], "argument --save_every: 0 is out of range"),
         (["--eval_prompts", "0"], "argument --eval_prompts: 0 is out of range"),
-        (["--temperature", "-1"], "argument --temperature: -1.0 is out of range; expected at least 0"),
+        (
+            ["--temperature", "-1"],
+            "argument --temperature: -1.0 is out of range; expected at least 0",
+        ),
         (["--top_p", "0"], "argument --top_p: 0.0 is out of range; expected above 0"),
         (["--top_p", "1.01"], "argument --top_p: 1.01 is out of range; expected at most 1"),
         (["--max_new_tokens", "0"], "argument --max_new_tokens: 0 is out of range"),
@@ -67,7 +101,10 @@ import train
         (["--data", "\udcff"], "expected text in UTF-8"),
         (["--device", "hpu"], "--device hpu cannot be used here"),
         (["--prompt_template", "{prompt}{prompt}"], "expected {prompt} in it once"),
-        (["--prompt_template", "Q:"], "prompt template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, llama3"),
+        (
+            ["--prompt_template", "Q:"],
+            "prompt template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, llama3",
+        ),
     ],
 )
 def test_flags(argv, message, capsys, tmp_path, monkeypatch):
@@ -79,13 +116,26 @@ def test_flags(argv, message, capsys, tmp_path, monkeypatch):
 def test_bad_rows_through_the_command(capsys, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = json.dumps(rows["train"][0])
-    unsafe = json.dumps({**rows["train"][0], "is_response_0_safe": False, "is_response_1_safe": False})
-    unlabelled = json.dumps({k: v for k, v in rows["train"][0].items() if k != "is_response_0_safe"})
+    unsafe = json.dumps(
+        {**rows["train"][0], "is_response_0_safe": False, "is_response_1_safe": False}
+    )
+    unlabelled = json.dumps(
+        {k: v for k, v in rows["train"][0].items() if k != "is_response_0_safe"}
+    )
     for content, message in {
         "\n".join([good, "{broken"]): "data.jsonl:2: not valid JSON",
-        "\n".join([good, good, unlabelled]): "data.jsonl:3: is_response_0_safe is missing; expected true or false",
+        "\n".join(
+            [good, good, unlabelled]
+        ): "data.jsonl:3: is_response_0_safe is missing; expected true or false",
         "": "data.jsonl, its train split by a hash of prompts: holds no row",
-        "\n".join([unsafe.replace("How", f"{i} How").replace("Please", f"{i} Please").replace("What", f"{i} What") for i in range(50)]): "no pair is left: --pairs safedpo dropped all",
+        "\n".join(
+            [
+                unsafe.replace("How", f"{i} How")
+                .replace("Please", f"{i} Please")
+                .replace("What", f"{i} What")
+                for i in range(50)
+            ]
+        ): "no pair is left: --pairs safedpo dropped all",
     }.items():
         (tmp_path / "data.jsonl").write_text(content)
         assert message in complaint(train.main, [*TINY, "--data", "data.jsonl"], capsys)
@@ -95,15 +145,21 @@ def test_bad_rows_through_the_command(capsys, rows, tmp_path, monkeypatch):
 def test_a_folder_with_a_run_is_left_alone(finished, folder, capsys):
     before = {p: p.read_bytes() for p in finished.iterdir()}
     argv = [*TINY, "--data", str(folder), "--out_dir", str(finished)]
-    assert f"{finished} already holds a run; --resume goes on with it" in complaint(train.main, argv, capsys)
-    assert "--delta 7.0 contradicts the run in" in complaint(train.main, ["--resume", "--delta", "7", "--out_dir", str(finished)], capsys)
+    assert f"{finished} already holds a run; --resume goes on with it" in complaint(
+        train.main, argv, capsys
+    )
+    assert "--delta 7.0 contradicts the run in" in complaint(
+        train.main, ["--resume", "--delta", "7", "--out_dir", str(finished)], capsys
+    )
     assert {p: p.read_bytes() for p in finished.iterdir()} == before
 
 
 def test_leftovers_of_a_run_are_not_taken_for_a_new_one(finished, folder, capsys, tmp_path):
     for name in train.FILES:
         (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_bytes((finished / name).read_bytes() if (finished / name).exists() else b"")
+        (tmp_path / name / name).write_bytes(
+            (finished / name).read_bytes() if (finished / name).exists() else b""
+        )
         argv = [*TINY, "--data", str(folder), "--out_dir", str(tmp_path / name)]
         assert "already holds a run" in complaint(train.main, argv, capsys)
 
@@ -119,20 +175,45 @@ def test_files_that_are_no_checkpoint(finished, folder, capsys, tmp_path):
     sized = [*TINY, "--data", str(folder), "--init_from", str(tmp_path / "text.pt")]
     assert "--vocab_size 400: --init_from" in complaint(train.main, sized, capsys)
     for name, message in {
-        "list.pt": "holds no model", "strange.pt": "holds no model of ours",
-        "text.pt": "not a checkpoint of ours", "cut.pt": "cut.pt: damaged, or not a checkpoint of ours", "empty.pt": "not a checkpoint of ours", "pickled.pt": "not a checkpoint of ours",
-        "other.pt": "holds no model", "": "policy.pt",
+        "list.pt": "holds no model",
+        "strange.pt": "holds no model of ours",
+        "text.pt": "not a checkpoint of ours",
+        "cut.pt": "cut.pt: damaged, or not a checkpoint of ours",
+        "empty.pt": "not a checkpoint of ours",
+        "pickled.pt": "not a checkpoint of ours",
+        "other.pt": "holds no model",
+        "": "policy.pt",
     }.items():
-        argv = [*SHORT, "--data", str(folder), "--init_from", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]
+        argv = [
+            *SHORT,
+            "--data",
+            str(folder),
+            "--init_from",
+            str(tmp_path / name),
+            "--out_dir",
+            str(tmp_path / "out"),
+        ]
         assert message in complaint(train.main, argv, capsys)
 
 
 def test_eval_of_what_is_no_run(finished, capsys, tmp_path):
-    assert "no finished run (config.json is missing)" in complaint(eval_room.main, [str(tmp_path)], capsys)
+    assert "no finished run (config.json is missing)" in complaint(
+        eval_room.main, [str(tmp_path)], capsys
+    )
     assert "the following arguments are required: DIR" in complaint(eval_room.main, [], capsys)
     argv = [str(finished), "--split", "unseen", "--device", "cpu", "--max_new_tokens", "4"]
     assert "--split unseen:" in complaint(eval_room.main, argv, capsys)
-    argv = [str(finished), "--plot", str(tmp_path / "p.png"), "--device", "cpu", "--eval_prompts", "8", "--max_new_tokens", "12"]
+    argv = [
+        str(finished),
+        "--plot",
+        str(tmp_path / "p.png"),
+        "--device",
+        "cpu",
+        "--eval_prompts",
+        "8",
+        "--max_new_tokens",
+        "12",
+    ]
     assert "--plot" in complaint(eval_room.main, argv, capsys)
 
 
@@ -140,11 +221,19 @@ def test_configs_that_nobody_here_wrote(finished, folder, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("reference.pt", "policy.pt"):
         (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
-    for content, message in (("[]", "holds []; expected a JSON object"), ("{}", "missing; expected"), ("{", "not valid JSON")):
+    for content, message in (
+        ("[]", "holds []; expected a JSON object"),
+        ("{}", "missing; expected"),
+        ("{", "not valid JSON"),
+    ):
         (tmp_path / "run" / "config.json").write_text(content)
         assert message in complaint(eval_room.main, [str(tmp_path / "run")], capsys)
-        assert message in complaint(train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys)
-        train.main([*TINY, "--data", str(folder), "--out_dir", str(tmp_path / content.encode().hex())])  # it is in nobody's way
+        assert message in complaint(
+            train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys
+        )
+        train.main(
+            [*TINY, "--data", str(folder), "--out_dir", str(tmp_path / content.encode().hex())]
+        )  # it is in nobody's way
         capsys.readouterr()
 
 
@@ -160,10 +249,24 @@ def test_spoiled_configs_are_named(finished, capsys, tmp_path, name, value):
     config = json.loads((finished / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps({**config, name: value}))
     rooms = [(train.main, ["--resume", "--out_dir", str(tmp_path / "run")])]
-    if name in ("beta", "delta", "seed", "max_length", "data", "top_p", "temperature") and value not in (0, -1):
+    if name in (
+        "beta",
+        "delta",
+        "seed",
+        "max_length",
+        "data",
+        "top_p",
+        "temperature",
+    ) and value not in (0, -1):
         rooms.append((eval_room.main, [str(tmp_path / "run")]))
     for main, argv in rooms:
-        expected = "NaN is no number" if value != value else "Infinity is no number" if value == float("inf") else f"{name} is "
+        expected = (
+            "NaN is no number"
+            if value != value
+            else "Infinity is no number"
+            if value == float("inf")
+            else f"{name} is "
+        )
         assert "run/config.json: " in (error := complaint(main, argv, capsys)) and expected in error
 
 
@@ -179,17 +282,27 @@ def write(path, *splits):
 
 
 def test_data_of_one_kind(rows, capsys, tmp_path):
-    label = lambda *safe: [{**row, "is_response_0_safe": safe[0], "is_response_1_safe": safe[1]} for row in rows["train"]]
+    label = lambda *safe: [
+        {**row, "is_response_0_safe": safe[0], "is_response_1_safe": safe[1]}
+        for row in rows["train"]
+    ]
     (tmp_path / "safe").mkdir()
     safe = write(tmp_path / "safe", label(True, True), label(True, True)[:9])
     for delta in ("0", "9"):
-        train.main([*TINY, "--data", safe, "--delta", delta, "--out_dir", str(tmp_path / "runs" / delta)])
-    assert len({(tmp_path / "runs" / delta / "policy.pt").read_bytes() for delta in ("0", "9")}) == 1, "Δ is idle"
+        train.main(
+            [*TINY, "--data", safe, "--delta", delta, "--out_dir", str(tmp_path / "runs" / delta)]
+        )
+    assert (
+        len({(tmp_path / "runs" / delta / "policy.pt").read_bytes() for delta in ("0", "9")}) == 1
+    ), "Δ is idle"
     (tmp_path / "unsafe").mkdir()
     capsys.readouterr()
     unsafe = write(tmp_path / "unsafe", label(False, False), rows["test"][:9])
-    assert "no pair is left: --pairs safedpo dropped all 96 rows; it needs rows with a safe answer" in complaint(
-        train.main, [*TINY, "--data", unsafe, "--out_dir", str(tmp_path / "none")], capsys
+    assert (
+        "no pair is left: --pairs safedpo dropped all 96 rows; it needs rows with a safe answer"
+        in complaint(
+            train.main, [*TINY, "--data", unsafe, "--out_dir", str(tmp_path / "none")], capsys
+        )
     )
     assert not (tmp_path / "none").exists()
 
@@ -197,10 +310,22 @@ def test_data_of_one_kind(rows, capsys, tmp_path):
 def test_one_pair_and_one_prompt(rows, capsys, tmp_path):
     row = {**rows["train"][0], "is_response_0_safe": True}
     (tmp_path / "alone.jsonl").write_text(json.dumps(row))
-    assert "split by a hash of prompts: holds no row" in complaint(train.main, [*TINY, "--data", str(tmp_path / "alone.jsonl")], capsys)
+    assert "split by a hash of prompts: holds no row" in complaint(
+        train.main, [*TINY, "--data", str(tmp_path / "alone.jsonl")], capsys
+    )
     train.main([*TINY, "--data", write(tmp_path, [row], [row]), "--out_dir", str(tmp_path / "one")])
-    assert json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 1
-    train.main([*TINY, "--data", write(tmp_path, [row] * 5, [row] * 2), "--out_dir", str(tmp_path / "prompt")])
+    assert (
+        json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 1
+    )
+    train.main(
+        [
+            *TINY,
+            "--data",
+            write(tmp_path, [row] * 5, [row] * 2),
+            "--out_dir",
+            str(tmp_path / "prompt"),
+        ]
+    )
     assert json.loads((tmp_path / "prompt" / "eval.json").read_text())["policy"]["n"] == 1
 
 
@@ -212,8 +337,21 @@ STRANGE = {
 
 @pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
 def test_strange_texts_train(finished, rows, tmp_path, text):
-    row = {**rows["train"][0], "prompt": f"How? {text[:200]}", "response_0": text, "is_response_0_safe": True}
-    argv = [*SHORT, "--data", write(tmp_path, [row] * 3, [row]), "--init_from", str(finished), "--out_dir", str(tmp_path / "run")]
+    row = {
+        **rows["train"][0],
+        "prompt": f"How? {text[:200]}",
+        "response_0": text,
+        "is_response_0_safe": True,
+    }
+    argv = [
+        *SHORT,
+        "--data",
+        write(tmp_path, [row] * 3, [row]),
+        "--init_from",
+        str(finished),
+        "--out_dir",
+        str(tmp_path / "run"),
+    ]
     train.main(argv)
     answered = json.loads((tmp_path / "run" / "samples.jsonl").read_text())
     assert answered["prompt"] == row["prompt"]
@@ -230,10 +368,18 @@ def test_resuming_on_other_data_is_refused(rows, capsys, tmp_path):
     capsys.readouterr()
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     file.write_text("".join(json.dumps(r) + "\n" for r in reversed(rows["train"])))
-    assert "has changed since the run in" in complaint(train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys)
+    assert "has changed since the run in" in complaint(
+        train.main, ["--resume", "--out_dir", str(tmp_path / "run")], capsys
+    )
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
 def test_the_script_itself_exits_with_2():
-    done = subprocess.run([sys.executable, "train.py", "--pairs", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("train.py: error: argument --pairs") and done.stdout == ""
+    done = subprocess.run(
+        [sys.executable, "train.py", "--pairs", "x"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("train.py: error: argument --pairs")
+        and done.stdout == ""
+    )

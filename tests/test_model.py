@@ -1,4 +1,5 @@
 """The transformer against plain recomputation: the packed row, the chunks, the cache, the parts."""
+
 import math
 
 import pytest
@@ -7,7 +8,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as room
-from model import Attention, ModelConfig, RMSNorm, TokenLogps, Transformer, pack_rows, rotate, sample
+from model import (
+    Attention,
+    ModelConfig,
+    RMSNorm,
+    TokenLogps,
+    Transformer,
+    pack_rows,
+    rotate,
+    sample,
+)
 from safedpo import response_logps
 
 VOCAB, EOS = 50, 49
@@ -24,7 +34,9 @@ def make(seed=0, **sizes):
 
 def examples(seed=0, n=5):
     g = torch.Generator().manual_seed(seed)
-    ids = lambda low, high: torch.randint(0, EOS, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+    ids = lambda low, high: torch.randint(
+        0, EOS, (int(torch.randint(low, high, (1,), generator=g)),), generator=g
+    ).tolist()
     return [(ids(1, 9), [ids(0, 7) + [EOS], ids(0, 12) + [EOS]]) for _ in range(n)]
 
 
@@ -61,7 +73,9 @@ def test_packed_rows_equal_separate_sequences(sizes):
     packed, plain = net(pack_rows(rows)), plain_logps(net, rows)
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
     weight = torch.linspace(-1, 1, len(plain))
-    for a, b in zip(gradients(net, (packed * weight).sum()), gradients(net, (plain * weight).sum())):
+    for a, b in zip(
+        gradients(net, (packed * weight).sum()), gradients(net, (plain * weight).sum())
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -92,7 +106,17 @@ def test_row_layout_as_documented():
         [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 0], [11, 12, 0, 0, 0, 0, 0, 0], [11, 13, 0, 0, 0, 0, 0, 0]
     ]  # fmt: skip
     assert rows.sequences.flatten()[rows.place].tolist() == list(range(14))
-    assert rows.source.tolist() == [3, 4, 5, 6, 3, 8, 9, 11, 11]  # both first tokens come from the last prompt token
+    assert rows.source.tolist() == [
+        3,
+        4,
+        5,
+        6,
+        3,
+        8,
+        9,
+        11,
+        11,
+    ]  # both first tokens come from the last prompt token
     assert rows.target.tolist() == [5, 6, 7, 9, 8, 8, 9, 9, 9]
     assert rows.answer.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 3]
 
@@ -161,14 +185,18 @@ def test_checkpointing_changes_memory_and_nothing_else():
     plain = net(rows)
     expected, kept = gradients(net, plain.sum()), []
     net.checkpointing = True
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         again = net(rows)
     assert torch.equal(again, plain)
     for a, b in zip(gradients(net, again.sum()), expected):
         torch.testing.assert_close(a, b)
     few, net.checkpointing = sum(kept), False
     kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         net(rows)
     assert few < 0.5 * sum(kept)
 
@@ -199,7 +227,9 @@ def test_cached_random_sampling_equals_recomputation():
     for seed, top_p in ((0, 1.0), (1, 0.7)):
         g = torch.Generator().manual_seed(seed)
         expected = recomputed(net, [1, 2, 3], 20, lambda logits: sample(logits, 1.3, top_p, g))
-        assert net.generate([[1, 2, 3]], 20, EOS, 1.3, top_p, torch.Generator().manual_seed(seed)) == [expected]
+        assert net.generate(
+            [[1, 2, 3]], 20, EOS, 1.3, top_p, torch.Generator().manual_seed(seed)
+        ) == [expected]
 
 
 def test_sampling_stops_at_eos_each_row_for_itself():
@@ -225,7 +255,9 @@ def test_temperature_sharpens():
     logits = torch.tensor([[0.6, 0.4]]).log().repeat(4000, 1)
     cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))
     assert (cold == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.03)
-    assert sample(logits, 1e-40, 1.0, None).eq(0).all(), "so cold that logits / temperature would overflow"
+    assert sample(logits, 1e-40, 1.0, None).eq(0).all(), (
+        "so cold that logits / temperature would overflow"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +292,9 @@ def test_only_relative_positions_matter():
     net, tokens = make(), torch.tensor([1, 2, 3, 4])
     position, *where = alone(4)
     expected = net.hidden(tokens, position, *where)
-    torch.testing.assert_close(net.hidden(tokens, position + 7, *where), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        net.hidden(tokens, position + 7, *where), expected, rtol=1e-4, atol=1e-4
+    )
     assert (net.hidden(tokens, position.flip(0), *where) - expected).abs().max() > 1e-2
 
 
@@ -281,7 +315,10 @@ def test_attention_against_a_plain_loop():
 
 def test_tied_head_is_the_embedding():
     tied, separate = make(tied_head=True), make()
-    assert tied.head.weight is tied.embedding.weight and separate.head.weight is not separate.embedding.weight
+    assert (
+        tied.head.weight is tied.embedding.weight
+        and separate.head.weight is not separate.embedding.weight
+    )
 
 
 def test_sizes_that_do_not_fit_are_refused():

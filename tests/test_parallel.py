@@ -1,4 +1,5 @@
 """Two processes are one: the same losses, gradients and weights, whole checkpoints. Over gloo, on the CPU."""
+
 import json
 import subprocess
 import sys
@@ -10,11 +11,33 @@ from conftest import ROOT, TINY
 import train
 
 # 7 pairs a step: the shares are uneven, and in the last step of an epoch one process may have nothing
-FLAGS = [*TINY, "--batch_size", "7", "--sft_batch_size", "48", "--micro_batch_size", "2", "--delta", "5", "--lr", "1e-4", "--save_every", "3"]
+FLAGS = [
+    *TINY,
+    "--batch_size",
+    "7",
+    "--sft_batch_size",
+    "48",
+    "--micro_batch_size",
+    "2",
+    "--delta",
+    "5",
+    "--lr",
+    "1e-4",
+    "--save_every",
+    "3",
+]
 
 
 def torchrun(*flags, script=ROOT / "train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        script,
+        *flags,
+    ]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, encoding="utf-8")
 
 
@@ -38,7 +61,9 @@ def test_two_processes_are_one(alone, folder, tmp_path, extra):
     assert len(ours) == len(theirs) > 8 and {line["stage"] for line in ours} == {"sft", "safedpo"}
     for a, b in zip(ours, theirs):
         assert a.keys() == b.keys()
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=3e-5)  # log-probabilities of hundreds of nats, in float32
+        assert a["loss"] == pytest.approx(
+            b["loss"], rel=1e-5, abs=3e-5
+        )  # log-probabilities of hundreds of nats, in float32
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=3e-5)
     for name in ("reference", "policy"):
         ours, theirs = (torch.load(run / f"{name}.pt") for run in (tmp_path / "run", alone))
@@ -68,8 +93,12 @@ train.main()
 def test_a_run_goes_on_with_another_number_of_processes(alone, folder, tmp_path):
     flags = [*FLAGS, "--data", folder, "--out_dir", tmp_path / "run"]
     script = tmp_path / "stops.py"
-    script.write_text(STOPS.format(root=str(ROOT), after=6))  # 2 steps of SFT, 4 of SafeDPO; saved after the third
-    one = subprocess.run(list(map(str, [sys.executable, script, *flags])), capture_output=True, text=True)
+    script.write_text(
+        STOPS.format(root=str(ROOT), after=6)
+    )  # 2 steps of SFT, 4 of SafeDPO; saved after the third
+    one = subprocess.run(
+        list(map(str, [sys.executable, script, *flags])), capture_output=True, text=True
+    )
     assert "KeyboardInterrupt" in one.stderr and torch.load(tmp_path / "run/state.pt")["step"] == 3
     script.write_text(STOPS.format(root=str(ROOT), after=4))
     assert "KeyboardInterrupt" in torchrun(*flags, "--resume", "--fsdp", script=script).stderr
@@ -79,7 +108,9 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, folder, tmp_path)
     weights = (torch.load(run / "policy.pt")["model"] for run in (tmp_path / "run", alone))
     for a, b in zip(*(w.values() for w in weights)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [line["step"] for line in metrics(alone)]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [
+        line["step"] for line in metrics(alone)
+    ]
 
 
 def test_fsdp_shards_every_block(tmp_path):
@@ -95,7 +126,7 @@ sys.path.insert(0, {root!r})
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-import parallel
+from lib import parallel
 from model import ModelConfig, Transformer
 parallel.join()
 model = Transformer(ModelConfig(60))
@@ -112,4 +143,8 @@ parallel.leave()
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
 def test_fsdp_alone_is_refused(finished, folder, tmp_path, resume):
     with pytest.raises(ValueError, match="torchrun"):
-        train.main([*FLAGS, "--fsdp", "--data", str(folder), "--out_dir", str(tmp_path)] if not resume else ["--fsdp", "--resume", "--out_dir", str(finished)])
+        train.main(
+            [*FLAGS, "--fsdp", "--data", str(folder), "--out_dir", str(tmp_path)]
+            if not resume
+            else ["--fsdp", "--resume", "--out_dir", str(finished)]
+        )

@@ -1,4 +1,5 @@
 """The project's own promises: what imports what, and that the README is true."""
+
 import ast
 import doctest
 import re
@@ -10,9 +11,8 @@ from conftest import ROOT
 
 import bench
 import eval as eval_room
-import figures
-import theory
 import train
+from village import figures, theory
 
 MAY_IMPORT = {
     "safedpo": set(),
@@ -27,21 +27,65 @@ MAY_IMPORT = {
     "pretrained": {"model", "tokenizer", "checkpoint"},
     "records": {"safedpo", "toy_world", "checkpoint", "parallel"},
     "data": {"safedpo", "model", "parallel"},
-    "eval": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report", "estimate"},
-    "train": {"safedpo", "toy_world", "model", "tokenizer", "pretrained", "records", "data", "flags", "checkpoint", "parallel", "report", "estimate", "eval"},
+    "eval": {
+        "safedpo",
+        "toy_world",
+        "model",
+        "tokenizer",
+        "pretrained",
+        "records",
+        "data",
+        "flags",
+        "checkpoint",
+        "parallel",
+        "report",
+        "estimate",
+    },
+    "train": {
+        "safedpo",
+        "toy_world",
+        "model",
+        "tokenizer",
+        "pretrained",
+        "records",
+        "data",
+        "flags",
+        "checkpoint",
+        "parallel",
+        "report",
+        "estimate",
+        "eval",
+    },
     "bench": {"safedpo", "model", "data", "flags", "eval", "train"},
     "theory": {"safedpo", "model", "flags", "checkpoint"},
     "figures": {"report", "flags", "checkpoint"},
 }
 OUTSIDE = {
-    "safedpo": {"torch"}, "estimate": {"torch"}, "model": {"torch"}, "toy_world": set(), "checkpoint": {"torch", "filelock"}, "parallel": {"torch", "tqdm"}, "flags": {"torch"},
-    "tokenizer": {"tokenizers"}, "pretrained": {"torch", "tokenizers", "safetensors"}, "report": {"matplotlib"},
-    "records": {"numpy"}, "data": {"torch", "numpy"}, "eval": {"torch"}, "train": {"torch", "tqdm"}, "theory": {"torch"},
-    "figures": set(), "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
+    "safedpo": {"torch"},
+    "estimate": {"torch"},
+    "model": {"torch"},
+    "toy_world": set(),
+    "checkpoint": {"torch", "filelock"},
+    "parallel": {"torch", "tqdm"},
+    "flags": {"torch"},
+    "tokenizer": {"tokenizers"},
+    "pretrained": {"torch", "tokenizers", "safetensors"},
+    "report": {"matplotlib"},
+    "records": {"numpy"},
+    "data": {"torch", "numpy"},
+    "eval": {"torch"},
+    "train": {"torch", "tqdm"},
+    "theory": {"torch"},
+    "figures": set(),
+    "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 ROOMS = (train, eval_room, bench, theory, figures)  # those with a command line
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.replace("\\\n", "").splitlines()]
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    for line in block.replace("\\\n", "").splitlines()
+]
 
 
 def imported(path):
@@ -64,7 +108,9 @@ def test_imports_flow_one_way():
 
 
 def test_readme_example_is_true():
-    failures, tried = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    failures, tried = doctest.testfile(
+        str(ROOT / "README.md"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
     assert tried > 5 and not failures
 
 
@@ -75,7 +121,9 @@ def test_readme_commands_have_flags_that_exist(room, capsys):
     for command in COMMANDS:
         words = shlex.split(command, comments=True)
         if name in words:
-            room.parse(room.Config, words[words.index(name) + 1 :])  # exits on what it does not know
+            room.parse(
+                room.Config, words[words.index(name) + 1 :]
+            )  # exits on what it does not know
             found += 1
     assert found >= (3 if room in (train, eval_room, bench) else 1)
 
@@ -89,7 +137,10 @@ def test_experiments_have_flags_that_exist_and_every_run_of_the_tables():
             names.setdefault("xstest" if group == "xstest" else "village", set()).add(name)
     assert len(names["village"]) > 25
     for file, _, runs in figures.TABLES.values():
-        assert set(runs) - {"reference", "safe reference", "optimum"} <= names["xstest" if file == "xstest" else "village"]
+        assert (
+            set(runs) - {"reference", "safe reference", "optimum"}
+            <= names["xstest" if file == "xstest" else "village"]
+        )
 
 
 def test_every_flag_is_explained_and_in_the_readme():

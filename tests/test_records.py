@@ -1,4 +1,5 @@
 """JSON lines to pairs: every door validated, every oddity counted."""
+
 import gzip
 import json
 import lzma
@@ -6,12 +7,17 @@ from collections import Counter
 
 import pytest
 
-import records
-from records import Record, Records, flip_flags, load
+from lib import records
+from lib.records import Record, Records, flip_flags, load
 
 ROW = {
-    "prompt": "x?", "response_0": "yes", "response_1": "no", "is_response_0_safe": True, "is_response_1_safe": False,
-    "better_response_id": 0, "safer_response_id": 0,
+    "prompt": "x?",
+    "response_0": "yes",
+    "response_1": "no",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "better_response_id": 0,
+    "safer_response_id": 0,
 }
 
 
@@ -20,7 +26,11 @@ def row(**changes):
 
 
 def records_of(rows, reader="PKU-SafeRLHF", notes=None):
-    return list(records.FORMATS[reader][0](((r, f"here:{i}") for i, r in enumerate(rows, 7)), Counter() if notes is None else notes))
+    return list(
+        records.FORMATS[reader][0](
+            ((r, f"here:{i}") for i, r in enumerate(rows, 7)), Counter() if notes is None else notes
+        )
+    )
 
 
 def choose_pairs(rows, choice):
@@ -50,15 +60,26 @@ def test_bad_rows_are_named(raw, message):
         records_of([raw])
 
 
-@pytest.mark.parametrize("line, message", [(b"[1, 2]", r"holds \[1, 2\]; expected a JSON object"), (b'"' + b"text" * 100 + b'"', "holds \"texttext.*\\.\\.\\.; expected")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"[1, 2]", r"holds \[1, 2\]; expected a JSON object"),
+        (b'"' + b"text" * 100 + b'"', 'holds "texttext.*\\.\\.\\.; expected'),
+    ],
+)
 def test_rows_that_are_no_objects(line, message):
     with pytest.raises(ValueError, match=f"^here:7: {message}"):
         records.parse_json(line, "here:7")
 
 
 def test_the_fields_of_2024_are_no_hindrance():
-    more = {"prompt_source": "…", "response_0_source": "Alpaca-7B", "response_0_severity_level": 3, "response_1_sha256": "ab",
-            "response_0_harm_category": {"Violence": True}}
+    more = {
+        "prompt_source": "…",
+        "response_0_source": "Alpaca-7B",
+        "response_0_severity_level": 3,
+        "response_1_sha256": "ab",
+        "response_0_harm_category": {"Violence": True},
+    }
     assert records_of([row(**more)]) == records_of([ROW])
 
 
@@ -72,21 +93,40 @@ def write(path, lines, opener=open):
 def test_files_and_folders_packed_or_not(tmp_path, suffix, opener):
     rows = [row(prompt=f"prompt {i}") for i in range(60)]
     for split in ("train", "test"):
-        write(tmp_path / f"{split}.jsonl{suffix}", map(json.dumps, rows if split == "train" else rows[:5]), opener)
+        write(
+            tmp_path / f"{split}.jsonl{suffix}",
+            map(json.dumps, rows if split == "train" else rows[:5]),
+            opener,
+        )
     folder, file = load(str(tmp_path)), load(str(tmp_path / f"train.jsonl{suffix}"))
-    assert [r.prompt for r in folder["train"]] == [r["prompt"] for r in rows] and len(list(folder["test"])) == 5
-    assert sorted(r.prompt for split in file.values() for r in split) == sorted(r["prompt"] for r in rows)
-    assert list(file["test"]) and not {r.prompt for r in file["train"]} & {r.prompt for r in file["test"]}
+    assert [r.prompt for r in folder["train"]] == [r["prompt"] for r in rows] and len(
+        list(folder["test"])
+    ) == 5
+    assert sorted(r.prompt for split in file.values() for r in split) == sorted(
+        r["prompt"] for r in rows
+    )
+    assert list(file["test"]) and not {r.prompt for r in file["train"]} & {
+        r.prompt for r in file["test"]
+    }
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"prompt": "x",, }', r"train.jsonl:3: not valid JSON \(.*column 16\); expected one object"),
+        (
+            b'{"prompt": "x",, }',
+            r"train.jsonl:3: not valid JSON \(.*column 16\); expected one object",
+        ),
         (b"", None),
         (b"{\xff\xfe", "train.jsonl:3: byte 2 is not UTF-8"),
-        (json.dumps(ROW)[:-1].encode() + b', "is_response_1_safe": true}', 'train.jsonl:3: .*"is_response_1_safe" is given twice'),
-        (json.dumps(row(better_response_id="0")).encode(), 'train.jsonl:3: better_response_id is "0"; expected 0 or 1'),
+        (
+            json.dumps(ROW)[:-1].encode() + b', "is_response_1_safe": true}',
+            'train.jsonl:3: .*"is_response_1_safe" is given twice',
+        ),
+        (
+            json.dumps(row(better_response_id="0")).encode(),
+            'train.jsonl:3: better_response_id is "0"; expected 0 or 1',
+        ),
     ],
 )
 def test_bad_lines_name_file_and_line(tmp_path, content, message):
@@ -107,8 +147,13 @@ def test_unreadable_places_are_named(tmp_path):
     whole = gzip.compress((json.dumps(ROW) + "\n").encode() * 500)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     for name, message in {
-        "broken.jsonl.gz": "cannot be unpacked", "cut.jsonl.gz": "cannot be unpacked", "empty.jsonl": "holds no row",
-        "rows.csv": "unknown kind of file", "missing.jsonl": "no such file", "one.jsonl": "its test split by a hash of prompts: holds no row", "": "no train file",
+        "broken.jsonl.gz": "cannot be unpacked",
+        "cut.jsonl.gz": "cannot be unpacked",
+        "empty.jsonl": "holds no row",
+        "rows.csv": "unknown kind of file",
+        "missing.jsonl": "no such file",
+        "one.jsonl": "its test split by a hash of prompts: holds no row",
+        "": "no train file",
     }.items():
         with pytest.raises(ValueError, match=message):
             records.survey(load(str(tmp_path / name)))
@@ -122,24 +167,51 @@ def test_preference_pairs_in_every_spelling_are_the_same_records():
     for safe in ((True, True), (True, False), (False, True), (False, False)):
         expected = [Record("x?", "yes", "no", *safe, 0, int(safe == (False, True)))]
         for word in ("safe", "unsafe"):
-            labels = {f"{side}_{word}": s == (word == "safe") for side, s in zip(("chosen", "rejected"), safe)}
-            for x, y_w, y_l in (("x?", "yes", "no"), (chat("user", "x?"), chat("assistant", "yes"), chat("assistant", "no"))):
+            labels = {
+                f"{side}_{word}": s == (word == "safe")
+                for side, s in zip(("chosen", "rejected"), safe)
+            }
+            for x, y_w, y_l in (
+                ("x?", "yes", "no"),
+                (chat("user", "x?"), chat("assistant", "yes"), chat("assistant", "no")),
+            ):
                 row = {"prompt": x, "chosen": y_w, "rejected": y_l, **labels, "score_chosen": 3}
-                assert records.recognise(row, "here") == "preference pairs" and records_of([row], "preference pairs") == expected
+                assert (
+                    records.recognise(row, "here") == "preference pairs"
+                    and records_of([row], "preference pairs") == expected
+                )
 
 
 @pytest.mark.parametrize(
     "raw, message",
     [
-        (dict(chosen_unsafe=True, rejected_unsafe=None), "rejected_unsafe is null; expected true or false"),
+        (
+            dict(chosen_unsafe=True, rejected_unsafe=None),
+            "rejected_unsafe is null; expected true or false",
+        ),
         (dict(chosen_unsafe=True), "rejected_unsafe is missing; expected true or false"),
         (dict(rejected_safe=True), "chosen_safe is missing; expected true or false"),
         (dict(chosen_safe=1, rejected_safe=True), "chosen_safe is 1; expected true or false"),
-        (dict(chosen_unsafe=True, rejected_unsafe=True, chosen_safe=True), "both kinds of labels; expected chosen_unsafe and rejected_unsafe, or"),
-        (dict(chosen=chat("user", "x"), chosen_safe=True, rejected_safe=True), "chosen is .*; expected a string or a list of one message whose role is assistant"),
-        (dict(prompt=chat("user", "x") * 2, chosen_safe=True, rejected_safe=True), "prompt is .*; expected a string or a list of one message whose role is user"),
-        (dict(prompt=chat("user", None), chosen_safe=True, rejected_safe=True), "prompt is null; expected a string"),
-        (dict(prompt=[], chosen_safe=True, rejected_safe=True), r"prompt is \[\]; expected a string or a list of one message"),
+        (
+            dict(chosen_unsafe=True, rejected_unsafe=True, chosen_safe=True),
+            "both kinds of labels; expected chosen_unsafe and rejected_unsafe, or",
+        ),
+        (
+            dict(chosen=chat("user", "x"), chosen_safe=True, rejected_safe=True),
+            "chosen is .*; expected a string or a list of one message whose role is assistant",
+        ),
+        (
+            dict(prompt=chat("user", "x") * 2, chosen_safe=True, rejected_safe=True),
+            "prompt is .*; expected a string or a list of one message whose role is user",
+        ),
+        (
+            dict(prompt=chat("user", None), chosen_safe=True, rejected_safe=True),
+            "prompt is null; expected a string",
+        ),
+        (
+            dict(prompt=[], chosen_safe=True, rejected_safe=True),
+            r"prompt is \[\]; expected a string or a list of one message",
+        ),
     ],
 )
 def test_bad_preference_pairs_are_named(raw, message):
@@ -148,11 +220,26 @@ def test_bad_preference_pairs_are_named(raw, message):
 
 
 def test_single_answers_are_paired_with_those_of_the_other_kind():
-    rows = [("a", "a1", True), ("b", "b1", False), ("a", "a2", True), ("a", "a3", False), ("b", "b2", True), ("a", "a4", False), ("a", "a5", False), ("c", "c1", True)]
+    rows = [
+        ("a", "a1", True),
+        ("b", "b1", False),
+        ("a", "a2", True),
+        ("a", "a3", False),
+        ("b", "b2", True),
+        ("a", "a4", False),
+        ("a", "a5", False),
+        ("c", "c1", True),
+    ]
     notes = Counter()
-    records = records_of([{"prompt": x, "response": y, "is_safe": safe, "category": {}} for x, y, safe in rows], "BeaverTails", notes)
+    records = records_of(
+        [{"prompt": x, "response": y, "is_safe": safe, "category": {}} for x, y, safe in rows],
+        "BeaverTails",
+        notes,
+    )
     assert records == [
-        Record("a", "a1", "a3", True, False, 0, 0), Record("b", "b1", "b2", False, True, 1, 1), Record("a", "a2", "a4", True, False, 0, 0),
+        Record("a", "a1", "a3", True, False, 0, 0),
+        Record("b", "b1", "b2", False, True, 1, 1),
+        Record("a", "a2", "a4", True, False, 0, 0),
     ]
     assert notes == {
         "pairs are made of single answers; the safe one counts as the better one": 3,
@@ -163,10 +250,22 @@ def test_single_answers_are_paired_with_those_of_the_other_kind():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (("prompt", "response_0", "response_1", "better_response_id"), "PKU-SafeRLHF without safety labels; each row needs is_response_0_safe and is_response_1_safe, true or false"),
-        (("prompt", "chosen", "rejected"), "preference pairs without safety labels; each row needs chosen_unsafe and rejected_unsafe, true or false"),
-        (("prompt", "response", "category"), "BeaverTails without safety labels; each row needs is_safe, true or false"),
-        (("instruction", "output"), 'the fields are .*"instruction", "output".*; expected prompt, and response_0 and response_1; chosen and rejected; response'),
+        (
+            ("prompt", "response_0", "response_1", "better_response_id"),
+            "PKU-SafeRLHF without safety labels; each row needs is_response_0_safe and is_response_1_safe, true or false",
+        ),
+        (
+            ("prompt", "chosen", "rejected"),
+            "preference pairs without safety labels; each row needs chosen_unsafe and rejected_unsafe, true or false",
+        ),
+        (
+            ("prompt", "response", "category"),
+            "BeaverTails without safety labels; each row needs is_safe, true or false",
+        ),
+        (
+            ("instruction", "output"),
+            'the fields are .*"instruction", "output".*; expected prompt, and response_0 and response_1; chosen and rejected; response',
+        ),
     ],
 )
 def test_data_without_labels_is_refused_by_what_it_lacks(fields, message, tmp_path):
@@ -176,28 +275,52 @@ def test_data_without_labels_is_refused_by_what_it_lacks(fields, message, tmp_pa
 
 
 def test_formats_are_told_and_may_differ_between_files(tmp_path):
-    trl = {"prompt": "y?", "chosen": "yes", "rejected": "no", "chosen_safe": True, "rejected_safe": False}
+    trl = {
+        "prompt": "y?",
+        "chosen": "yes",
+        "rejected": "no",
+        "chosen_safe": True,
+        "rejected_safe": False,
+    }
     write(tmp_path / "test.jsonl", [json.dumps(ROW)])
     (tmp_path / "deeper").mkdir()
     write(tmp_path / "deeper" / "train.jsonl", [json.dumps(trl)] * 3)
     (tmp_path / ".cache").mkdir()
     write(tmp_path / ".cache" / "train.jsonl", ["no JSON"])
-    assert records.survey(load(str(tmp_path)))[1] == ["3 train, 1 test rows of PKU-SafeRLHF and rows of preference pairs"]
+    assert records.survey(load(str(tmp_path)))[1] == [
+        "3 train, 1 test rows of PKU-SafeRLHF and rows of preference pairs"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def labelled(better, safe_0, safe_1, n):
-    return records_of([row(better_response_id=better, is_response_0_safe=safe_0, is_response_1_safe=safe_1)] * n)
+    return records_of(
+        [row(better_response_id=better, is_response_0_safe=safe_0, is_response_1_safe=safe_1)] * n
+    )
 
 
 def test_counts_of_T():
-    records = labelled(0, True, True, 1) + labelled(1, False, True, 2) + labelled(1, True, False, 3) + labelled(0, False, False, 4)
+    records = (
+        labelled(0, True, True, 1)
+        + labelled(1, False, True, 2)
+        + labelled(1, True, False, 3)
+        + labelled(0, False, False, 4)
+    )
     pairs, counts = choose_pairs(records, "safedpo")
-    assert counts == {"kept safe-safe": 1, "kept safe-unsafe": 2, "swapped": 3, "dropped": 4} and len(pairs) == 6
+    assert (
+        counts == {"kept safe-safe": 1, "kept safe-unsafe": 2, "swapped": 3, "dropped": 4}
+        and len(pairs) == 6
+    )
     _, counts = choose_pairs(records, "noswap")
-    assert counts == {"kept safe-safe": 1, "kept safe-unsafe": 2, "kept unsafe-safe": 3, "swapped": 0, "dropped": 4}
+    assert counts == {
+        "kept safe-safe": 1,
+        "kept safe-unsafe": 2,
+        "kept unsafe-safe": 3,
+        "swapped": 0,
+        "dropped": 4,
+    }
     _, counts = choose_pairs(records, "helpful")
     assert counts["dropped"] == 0 and counts["kept unsafe-unsafe"] == 4
     with pytest.raises(ValueError, match="no pair is left: --pairs safedpo dropped all 4 rows"):
@@ -205,18 +328,30 @@ def test_counts_of_T():
 
 
 def test_what_is_odd_is_counted_and_reported():
-    labels = [row(safer_response_id=s, is_response_0_safe=a, is_response_1_safe=b) for s in (0, 1) for a in (True, False) for b in (True, False)]
+    labels = [
+        row(safer_response_id=s, is_response_0_safe=a, is_response_1_safe=b)
+        for s in (0, 1)
+        for a in (True, False)
+        for b in (True, False)
+    ]
     train = records_of([*labels, row(prompt="y?"), row(prompt="z?", response_1="yes")])
-    splits = {"train": Records("train", lambda notes: iter(train)), "test": Records("test", lambda notes: iter(train[-2:]))}
+    splits = {
+        "train": Records("train", lambda notes: iter(train)),
+        "test": Records("test", lambda notes: iter(train[-2:])),
+    }
     digest, lines = records.survey(splits)
     assert lines[0].startswith("10 train, 2 test")
     assert {line for line in lines[1:]} == {
         "2 train rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that",
-        "1 train rows have two answers that are the same", "1 test rows have two answers that are the same",
+        "1 train rows have two answers that are the same",
+        "1 test rows have two answers that are the same",
         "2 train rows have a prompt that is in test too",
     }
     assert records.survey(splits) == (digest, lines), "a second pass counts anew"
-    assert records.survey({**splits, "train": Records("train", lambda notes: iter(train[:-1]))})[0] != digest
+    assert (
+        records.survey({**splits, "train": Records("train", lambda notes: iter(train[:-1]))})[0]
+        != digest
+    )
 
 
 def test_label_noise_flips_flags_and_nothing_else():
@@ -225,6 +360,12 @@ def test_label_noise_flips_flags_and_nothing_else():
     for flag in ("is_response_0_safe", "is_response_1_safe"):
         flipped = sum(getattr(a, flag) != getattr(b, flag) for a, b in zip(records, noisy)) / 4000
         assert flipped == pytest.approx(0.2, abs=0.03)
-    assert all((a.prompt, a.better_response_id, a.safer_response_id) == (b.prompt, b.better_response_id, b.safer_response_id) for a, b in zip(records, noisy))
-    flipped = [list(flip_flags(records, share, seed)) for share, seed in ((0.0, 0), (0.2, 0), (0.2, 1))]
+    assert all(
+        (a.prompt, a.better_response_id, a.safer_response_id)
+        == (b.prompt, b.better_response_id, b.safer_response_id)
+        for a, b in zip(records, noisy)
+    )
+    flipped = [
+        list(flip_flags(records, share, seed)) for share, seed in ((0.0, 0), (0.2, 0), (0.2, 1))
+    ]
     assert flipped[0] == records and flipped[1] == noisy != flipped[2]

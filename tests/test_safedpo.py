@@ -1,4 +1,5 @@
 """The algorithm against numbers worked by hand, closed forms and truth tables."""
+
 import itertools
 import math
 from types import SimpleNamespace
@@ -6,11 +7,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safedpo import PAIR_CHOICES, Pair, helpful, implicit_reward, optimal_policy, response_logps, safedpo_loss, transform
+from safedpo import (
+    PAIR_CHOICES,
+    Pair,
+    helpful,
+    implicit_reward,
+    optimal_policy,
+    response_logps,
+    safedpo_loss,
+    transform,
+)
 
 BETA = 0.1
 CASES = torch.tensor(  # log π_w, log π_l, ref_w, ref_l
-    [[-40.0, -55.0, -42.0, -50.0], [-120.5, -90.25, -118.0, -95.0], [-3.0, -3.0, -3.0, -3.0], [-200.0, -10.0, -150.0, -60.0]]
+    [
+        [-40.0, -55.0, -42.0, -50.0],
+        [-120.5, -90.25, -118.0, -95.0],
+        [-3.0, -3.0, -3.0, -3.0],
+        [-200.0, -10.0, -150.0, -60.0],
+    ]
 )
 SAFE_SAFE = [0.40318605, 1.1199598, 0.69314718, 10.000046]
 SAFE_UNSAFE = [9.3000917, 10.725022, 10.000046, 20.0]  # Δ = 10
@@ -24,21 +39,29 @@ def loss(cases, h_w, h_l, delta, beta=BETA):
 
 def test_safe_safe_pairs_by_hand():
     for delta in (0.0, 10.0):
-        torch.testing.assert_close(loss(CASES, 0, 0, delta), torch.tensor(SAFE_SAFE), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            loss(CASES, 0, 0, delta), torch.tensor(SAFE_SAFE), rtol=1e-6, atol=0
+        )
 
 
 def test_safe_unsafe_pairs_by_hand():
-    torch.testing.assert_close(loss(CASES, 0, 1, 10.0), torch.tensor(SAFE_UNSAFE), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss(CASES, 0, 1, 10.0), torch.tensor(SAFE_UNSAFE), rtol=1e-6, atol=0
+    )
 
 
 def test_gradient_by_hand_and_in_closed_form():
     cases = CASES.double().requires_grad_()
     (grad,) = torch.autograd.grad(loss(cases, 0, 0, 10.0).sum(), cases)
-    torch.testing.assert_close(grad[:, 0], torch.tensor(SLOPE, dtype=torch.double), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        grad[:, 0], torch.tensor(SLOPE, dtype=torch.double), rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(grad, grad[:, :1] * torch.tensor([1, -1, -1, 1]))
     for h_w, h_l in itertools.product((0, 1), repeat=2):  # −β·σ(−logits) on the winner
         (grad,) = torch.autograd.grad(loss(cases, h_w, h_l, 3.0).sum(), cases)
-        logits = [BETA * ((w - rw) - (l - rl)) - (h_l - h_w) * 3.0 for w, l, rw, rl in cases.tolist()]
+        logits = [
+            BETA * ((w - rw) - (l - rl)) - (h_l - h_w) * 3.0 for w, l, rw, rl in cases.tolist()
+        ]
         expected = [-BETA / (1 + math.exp(z)) for z in logits]
         torch.testing.assert_close(grad[:, 0], torch.tensor(expected, dtype=torch.double))
 
@@ -62,7 +85,9 @@ def test_delta_zero_is_dpo_to_the_bit():
 def test_labels_of_any_type_mean_the_same():
     for as_type in (torch.bool, torch.uint8, torch.int64, torch.float32):
         h_w, h_l = torch.tensor([0, 0, 1, 1]).to(as_type), torch.tensor([0, 1, 0, 1]).to(as_type)
-        reference = safedpo_loss(*CASES.T, torch.tensor([0.0, 0, 1, 1]), torch.tensor([0.0, 1, 0, 1]), BETA, 5.0)
+        reference = safedpo_loss(
+            *CASES.T, torch.tensor([0.0, 0, 1, 1]), torch.tensor([0.0, 1, 0, 1]), BETA, 5.0
+        )
         assert torch.equal(safedpo_loss(*CASES.T, h_w, h_l, BETA, 5.0), reference)
 
 
@@ -73,7 +98,9 @@ def test_no_overflow_at_ten_thousand_nats():
             value = loss(case, 0, 1, delta)
             (grad,) = torch.autograd.grad(value.sum(), case)
             exact = BETA * ((signs[0] - signs[2]) - (signs[1] - signs[3])) - delta
-            assert value.item() == pytest.approx(max(-exact, 0) + math.log1p(math.exp(-abs(exact))), rel=1e-5)
+            assert value.item() == pytest.approx(
+                max(-exact, 0) + math.log1p(math.exp(-abs(exact))), rel=1e-5
+            )
             assert grad.isfinite().all()
 
 
@@ -95,10 +122,17 @@ def test_transform_twice_is_transform():
 
 
 def records():
-    for better, safer, safe_0, safe_1 in itertools.product((0, 1), (0, 1), (True, False), (True, False)):
+    for better, safer, safe_0, safe_1 in itertools.product(
+        (0, 1), (0, 1), (True, False), (True, False)
+    ):
         yield SimpleNamespace(
-            prompt="x", response_0="a", response_1="b", is_response_0_safe=safe_0, is_response_1_safe=safe_1,
-            better_response_id=better, safer_response_id=safer,
+            prompt="x",
+            response_0="a",
+            response_1="b",
+            is_response_0_safe=safe_0,
+            is_response_1_safe=safe_1,
+            better_response_id=better,
+            safer_response_id=safer,
         )
 
 
@@ -107,7 +141,10 @@ def test_pair_choices_against_each_other():
         pairs = {name: choose(r) for name, choose in PAIR_CHOICES.items()}
         answers, safe = (r.response_0, r.response_1), (r.is_response_0_safe, r.is_response_1_safe)
         better, worse = r.better_response_id, 1 - r.better_response_id
-        assert pairs["helpful"].y_w == answers[better] and pairs["harmless"].y_w == answers[r.safer_response_id]
+        assert (
+            pairs["helpful"].y_w == answers[better]
+            and pairs["harmless"].y_w == answers[r.safer_response_id]
+        )
         assert pairs["safedpo"] == transform(pairs["helpful"])
         assert pairs["safebetter"] == (pairs["helpful"] if safe[better] else None)
         assert pairs["noswap"] == (pairs["helpful"] if safe[better] or safe[worse] else None)
@@ -115,7 +152,10 @@ def test_pair_choices_against_each_other():
         if safe[better]:
             assert pairs["safedpo"] == pairs["safebetter"] == pairs["noswap"] == pairs["helpful"]
         for pair in filter(None, pairs.values()):  # labels travel with their answers
-            assert {(pair.y_w, pair.h_w), (pair.y_l, pair.h_l)} == {("a", int(not safe[0])), ("b", int(not safe[1]))}
+            assert {(pair.y_w, pair.h_w), (pair.y_l, pair.h_l)} == {
+                ("a", int(not safe[0])),
+                ("b", int(not safe[1])),
+            }
 
 
 def test_helpful_ignores_safety_and_harmless_ignores_helpfulness():
@@ -145,19 +185,27 @@ def test_response_logps_against_a_plain_loop():
 
 
 def test_response_logps_of_no_answer_token_is_zero():
-    assert response_logps(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)).tolist() == [0, 0]
+    assert response_logps(
+        torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
+    ).tolist() == [0, 0]
 
 
 def test_implicit_reward_by_hand():
-    assert implicit_reward(torch.tensor([-40.0, -120.5]), torch.tensor([-42.0, -118.0]), 0.1).tolist() == pytest.approx([0.2, -0.25])
+    assert implicit_reward(
+        torch.tensor([-40.0, -120.5]), torch.tensor([-42.0, -118.0]), 0.1
+    ).tolist() == pytest.approx([0.2, -0.25])
 
 
 def test_optimal_policy_by_hand():
     ref = torch.tensor([0.5, 0.25, 0.125, 0.125])
     reward = torch.tensor([0.0, math.log(2), math.log(4), 100.0])
     unsafe = torch.tensor([False, False, False, True])
-    assert optimal_policy(ref, reward, unsafe, 1.0).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
-    assert optimal_policy(ref, reward, unsafe, 0.5).tolist() == pytest.approx([0.5 / 3.5, 1 / 3.5, 2 / 3.5, 0])
+    assert optimal_policy(ref, reward, unsafe, 1.0).tolist() == pytest.approx(
+        [1 / 3, 1 / 3, 1 / 3, 0]
+    )
+    assert optimal_policy(ref, reward, unsafe, 0.5).tolist() == pytest.approx(
+        [0.5 / 3.5, 1 / 3.5, 2 / 3.5, 0]
+    )
     batch = optimal_policy(ref.expand(2, 4), reward, torch.stack([unsafe, ~unsafe]).long(), 1.0)
     assert batch[1].tolist() == [0, 0, 0, 1]
 
@@ -172,12 +220,16 @@ def test_optimal_policy_minimises_the_expected_loss():
     """Proposition 4.4 on one prompt: at π*, the gradient of Eq. 12's expectation over T's safe-safe pairs is zero."""
     torch.manual_seed(2)
     ref, reward, beta = torch.rand(4).softmax(-1).double(), torch.randn(4).double(), 0.5
-    logp = optimal_policy(ref, reward, torch.zeros(4, dtype=torch.bool), beta).log().requires_grad_()
+    logp = (
+        optimal_policy(ref, reward, torch.zeros(4, dtype=torch.bool), beta).log().requires_grad_()
+    )
     total = 0.0
     for i, j in itertools.permutations(range(4), 2):
         wins = torch.sigmoid(reward[i] - reward[j])  # Eq. 1
         h = torch.zeros(1)
-        value = safedpo_loss(logp[i, None], logp[j, None], ref[i, None].log(), ref[j, None].log(), h, h, beta, 7.0)
+        value = safedpo_loss(
+            logp[i, None], logp[j, None], ref[i, None].log(), ref[j, None].log(), h, h, beta, 7.0
+        )
         total = total + ref[i] * ref[j] * wins * value.sum()
     (grad,) = torch.autograd.grad(total, logp)
     assert grad.abs().max() < 1e-12

@@ -1,4 +1,5 @@
 """Training: one step's mathematics, then whole runs of a tiny model."""
+
 import json
 import math
 
@@ -9,7 +10,7 @@ from conftest import SHORT, TINY
 import data
 import train
 from eval import load_model, log_probs
-from flags import autocast
+from lib.flags import autocast
 from model import ModelConfig, Transformer
 from safedpo import Pair
 
@@ -24,7 +25,9 @@ def make(seed=0):
 
 def token_pairs(n=8, seed=0, kinds=((0, 0), (0, 1))):
     g = torch.Generator().manual_seed(seed)
-    ids = lambda: torch.randint(0, 60, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g).tolist()
+    ids = lambda: torch.randint(
+        0, 60, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g
+    ).tolist()
     return [Pair(ids(), ids(), ids(), *kinds[i % len(kinds)]) for i in range(n)]
 
 
@@ -35,7 +38,9 @@ def reference(model, pairs):
 def step(model, optimizer, pairs, ref, micro=8, beta=0.1, delta=5.0, number=0, loss=None):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batches = data.step_batches(pairs, number, len(pairs), micro, 0, ref)
-    return train.train_step(model, optimizer, scaler, batches, loss or train.preference_loss(beta, delta), 1.0, PLAIN)
+    return train.train_step(
+        model, optimizer, scaler, batches, loss or train.preference_loss(beta, delta), 1.0, PLAIN
+    )
 
 
 def optimizer_of(model, lr=1e-3):
@@ -49,7 +54,9 @@ def optimizer_of(model, lr=1e-3):
 def test_first_loss_is_ln_2_and_softplus_of_delta(delta):
     for kinds, expected in ((((0, 0),), math.log(2)), (((0, 1),), math.log1p(math.exp(delta)))):
         model, pairs = make(), token_pairs(kinds=kinds)
-        loss, _, _ = step(model, optimizer_of(model), pairs, reference(model, pairs), micro=3, delta=delta)
+        loss, _, _ = step(
+            model, optimizer_of(model), pairs, reference(model, pairs), micro=3, delta=delta
+        )
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
@@ -58,10 +65,14 @@ def test_micro_batches_are_one_batch(loss):
     results = []
     for micro in (1, 3, 8):
         model, pairs = make(), token_pairs()
-        value, norm, _ = step(model, optimizer_of(model), pairs, reference(model, pairs) - 1, micro, loss=loss)
+        value, norm, _ = step(
+            model, optimizer_of(model), pairs, reference(model, pairs) - 1, micro, loss=loss
+        )
         results.append((value, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
     for value, norm, weights in results[:2]:
-        assert value == pytest.approx(results[2][0], abs=1e-6) and norm == pytest.approx(results[2][1], rel=1e-5)
+        assert value == pytest.approx(results[2][0], abs=1e-6) and norm == pytest.approx(
+            results[2][1], rel=1e-5
+        )
         torch.testing.assert_close(weights, results[2][2], rtol=0, atol=1e-6)
 
 
@@ -76,7 +87,10 @@ def test_sft_loss_is_the_mean_over_answer_tokens():
 def test_the_loss_reads_the_reference_given():
     model, pairs = make(), token_pairs()
     ref = reference(model, pairs)
-    losses = [step(make(), optimizer_of(make()), pairs, r)[0] for r in (ref, ref + torch.tensor([3.0, -3.0]))]
+    losses = [
+        step(make(), optimizer_of(make()), pairs, r)[0]
+        for r in (ref, ref + torch.tensor([3.0, -3.0]))
+    ]
     assert losses[1] > losses[0] + 0.1
 
 
@@ -84,7 +98,9 @@ def test_rewards_do_not_contain_delta():
     figures = []
     for delta in (0.0, 7.0):
         model, pairs = make(), token_pairs()
-        figures.append(step(model, optimizer_of(model), pairs, reference(model, pairs) - 2, delta=delta)[2])
+        figures.append(
+            step(model, optimizer_of(model), pairs, reference(model, pairs) - 2, delta=delta)[2]
+        )
     assert torch.equal(*figures)
 
 
@@ -102,8 +118,12 @@ def test_a_larger_delta_pulls_harder():
     norms = []
     for delta in (0.0, 2.0, 10.0):
         model, pairs = make(), token_pairs(kinds=((0, 1),))
-        norms.append(step(model, optimizer_of(model), pairs, reference(model, pairs), delta=delta)[1])
-    assert norms == sorted(norms) and norms[2] / norms[0] == pytest.approx(2, rel=1e-3)  # σ(Δ) from ½ to 1
+        norms.append(
+            step(model, optimizer_of(model), pairs, reference(model, pairs), delta=delta)[1]
+        )
+    assert norms == sorted(norms) and norms[2] / norms[0] == pytest.approx(
+        2, rel=1e-3
+    )  # σ(Δ) from ½ to 1
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step():
@@ -119,7 +139,10 @@ def test_a_loss_that_is_no_number_stops_before_the_step():
 def test_gradients_that_are_no_numbers_stop_before_the_step():
     model, pairs = make(), token_pairs()
     before = [p.clone() for p in model.parameters()]
-    infinite = lambda logps, batch: ((logps.sum() - logps.sum().detach()).abs().sqrt(), None)  # the slope of √ at 0
+    infinite = lambda logps, batch: (
+        (logps.sum() - logps.sum().detach()).abs().sqrt(),
+        None,
+    )  # the slope of √ at 0
     with pytest.raises(FloatingPointError, match="the gradient's norm is"):
         step(model, optimizer_of(model), pairs, None, loss=infinite)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
@@ -127,21 +150,35 @@ def test_gradients_that_are_no_numbers_stop_before_the_step():
 
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [train.learning_rate(s, 100, 2.0, 0.1) for s in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0 and rates[100] == pytest.approx(0)
+    assert (
+        rates[0] == pytest.approx(0.2)
+        and rates[9] == rates[10] == 2.0
+        and rates[100] == pytest.approx(0)
+    )
     assert rates[55] == pytest.approx(1.0) and rates[10:] == sorted(rates[10:], reverse=True)
     assert train.learning_rate(0, 1, 2.0, 0.0) == 2.0 and train.learning_rate(0, 1, 2.0, 1.0) == 2.0
 
 
 def test_optimizer_decays_matrices_only():
     model = make()
-    decay = {id(p): group["weight_decay"] for group in train.make_optimizer(model, 0.3).param_groups for p in group["params"]}
-    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {n: 0.3 * (p.dim() > 1) for n, p in model.named_parameters()}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in train.make_optimizer(model, 0.3).param_groups
+        for p in group["params"]
+    }
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        n: 0.3 * (p.dim() > 1) for n, p in model.named_parameters()
+    }
 
 
 def test_gradients_are_clipped_to_the_norm_given():
     model, pairs, seen = make(), token_pairs(), []
     optimizer = optimizer_of(model)
-    optimizer.register_step_pre_hook(lambda o, *_: seen.append(sum(p.grad.square().sum() for g in o.param_groups for p in g["params"]).sqrt().item()))
+    optimizer.register_step_pre_hook(
+        lambda o, *_: seen.append(
+            sum(p.grad.square().sum() for g in o.param_groups for p in g["params"]).sqrt().item()
+        )
+    )
     _, norm, _ = step(model, optimizer, pairs, reference(model, pairs), beta=1.0)
     assert norm > 1 and seen == [pytest.approx(1.0, rel=1e-4)]
 
@@ -149,11 +186,19 @@ def test_gradients_are_clipped_to_the_norm_given():
 def test_gradients_are_clipped_after_the_scaler_is_taken_out():
     model, pairs, seen = make(), token_pairs(), []
     optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer.register_step_pre_hook(lambda o, *_: seen.append(sum(p.grad.square().sum() for g in o.param_groups for p in g["params"]).sqrt().item()))
+    optimizer.register_step_pre_hook(
+        lambda o, *_: seen.append(
+            sum(p.grad.square().sum() for g in o.param_groups for p in g["params"]).sqrt().item()
+        )
+    )
     batches = data.step_batches(pairs, 0, len(pairs), 8, 0, reference(model, pairs))
-    _, norm, _ = train.train_step(model, optimizer, scaler, batches, train.preference_loss(1.0, 5.0), 0.5, PLAIN)
+    _, norm, _ = train.train_step(
+        model, optimizer, scaler, batches, train.preference_loss(1.0, 5.0), 0.5, PLAIN
+    )
     plain = make()
-    assert norm == pytest.approx(step(plain, optimizer_of(plain), pairs, reference(plain, pairs), beta=1.0)[1], rel=1e-4)
+    assert norm == pytest.approx(
+        step(plain, optimizer_of(plain), pairs, reference(plain, pairs), beta=1.0)[1], rel=1e-4
+    )
     assert norm > 1 and seen == [pytest.approx(0.5, rel=1e-3)]
 
 
@@ -172,12 +217,18 @@ def test_fit_trains_as_the_flags_say(folder, tmp_path, monkeypatch):
         return take(model, optimizer, scaler, batches, loss_function, grad_clip, precision)
 
     monkeypatch.setattr(train, "train_step", spy)
-    flags = "--weight_decay 0.3 --grad_clip 0.7 --warmup 1 --lr 0.002 --sft_lr 0.003 --dtype bfloat16"
+    flags = (
+        "--weight_decay 0.3 --grad_clip 0.7 --warmup 1 --lr 0.002 --sft_lr 0.003 --dtype bfloat16"
+    )
     train.main([*TINY, *flags.split(), "--data", str(folder), "--out_dir", str(tmp_path)])
-    assert decays == [[0.3, 0.0]] * len(calls) and {call[:2] for call in calls} == {(0.7, torch.bfloat16)}
+    assert decays == [[0.3, 0.0]] * len(calls) and {call[:2] for call in calls} == {
+        (0.7, torch.bfloat16)
+    }
     steps = [line["step"] for line in lines(tmp_path)]
     sft = steps.index(1, 1)
-    rising = [0.003 * (i + 1) / sft for i in range(sft)] + [0.002 * (i + 1) / (len(steps) - sft) for i in range(len(steps) - sft)]
+    rising = [0.003 * (i + 1) / sft for i in range(sft)] + [
+        0.002 * (i + 1) / (len(steps) - sft) for i in range(len(steps) - sft)
+    ]
     assert [lr for *_, lr in calls] == pytest.approx(rising), "warm-up over the whole of each stage"
 
 
@@ -187,14 +238,29 @@ def test_flags_reach_the_stages_they_name(rows, folder, tmp_path, monkeypatch):
     flags = "--sft_lr 0.5 --lr 0.25 --batch_size 7 --sft_batch_size 3 --epochs 4 --sft_epochs 2 --beta 3 --delta 4 --label_noise 1"
     train.main([*TINY, *flags.split(), "--data", str(folder), "--out_dir", str(tmp_path)])
     sft, safedpo = calls
-    assert (sft[0], len(sft[2]), sft[3], sft[5:8]) == ("sft", 96, None, (2, 3, 0.5)), "SFT sees both answers of every row"
+    assert (sft[0], len(sft[2]), sft[3], sft[5:8]) == ("sft", 96, None, (2, 3, 0.5)), (
+        "SFT sees both answers of every row"
+    )
     assert (safedpo[0], safedpo[5:8]) == ("safedpo", (4, 7, 0.25))
-    flipped = [(not r["is_response_0_safe"], not r["is_response_1_safe"], r["better_response_id"]) for r in rows["train"][:96]]
-    expected = [(0, 1 - (s[0] and s[1])) for *s, better in flipped if any(s)]  # T leaves a safe winner
+    flipped = [
+        (not r["is_response_0_safe"], not r["is_response_1_safe"], r["better_response_id"])
+        for r in rows["train"][:96]
+    ]
+    expected = [
+        (0, 1 - (s[0] and s[1])) for *s, better in flipped if any(s)
+    ]  # T leaves a safe winner
     assert [(p.h_w, p.h_l) for p in safedpo[2]] == expected
-    figures = torch.tensor([-4.0, -6.0]), torch.tensor([-1.0]), torch.tensor([-2.5]), torch.tensor([0]), torch.tensor([1])
+    figures = (
+        torch.tensor([-4.0, -6.0]),
+        torch.tensor([-1.0]),
+        torch.tensor([-2.5]),
+        torch.tensor([0]),
+        torch.tensor([1]),
+    )
     batch = data.Batch(None, figures[3], figures[4], figures[1], figures[2], [0], 1, 2)
-    assert safedpo[4](figures[0], batch)[0].item() == pytest.approx(math.log1p(math.exp(4 - 3 * (-3.0 + 3.5))))
+    assert safedpo[4](figures[0], batch)[0].item() == pytest.approx(
+        math.log1p(math.exp(4 - 3 * (-3.0 + 3.5)))
+    )
 
 
 def lines(out):
@@ -213,27 +279,66 @@ def test_a_run_leaves_what_it_promises(finished):
     assert result["reference"]["kl"]["value"] == 0
     metrics = [m for m in lines(finished) if m["stage"] == "safedpo"]
     assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
-    assert [m["learning_rate"] for m in metrics] == [train.learning_rate(s, len(metrics), 4e-4, 0.3) for s in range(len(metrics))]
-    names = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
-             "rewards/accuracies", "logps/chosen", "logps/rejected", "safe-safe/rewards/margins", "safe-unsafe/logps/chosen"}
+    assert [m["learning_rate"] for m in metrics] == [
+        train.learning_rate(s, len(metrics), 4e-4, 0.3) for s in range(len(metrics))
+    ]
+    names = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "safe-safe/rewards/margins",
+        "safe-unsafe/logps/chosen",
+    }
     assert names <= metrics[0].keys()
     assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     unsafe = metrics[0]["safe-unsafe/pairs"] / 16
-    assert metrics[0]["loss"] == pytest.approx(unsafe * math.log1p(math.exp(5)) + (1 - unsafe) * math.log(2), abs=1e-4)
+    assert metrics[0]["loss"] == pytest.approx(
+        unsafe * math.log1p(math.exp(5)) + (1 - unsafe) * math.log(2), abs=1e-4
+    )
     assert not torch.equal(weights(finished), weights(finished, "reference.pt"))
 
 
 def test_same_seed_same_run_to_the_bit(finished, folder, tmp_path):
     for seed in ("0", "1"):
-        train.main([*TINY, "--data", str(folder), "--delta", "5", "--seed", seed, "--out_dir", str(tmp_path / seed)])
+        train.main(
+            [
+                *TINY,
+                "--data",
+                str(folder),
+                "--delta",
+                "5",
+                "--seed",
+                seed,
+                "--out_dir",
+                str(tmp_path / seed),
+            ]
+        )
     assert torch.equal(weights(tmp_path / "0"), weights(finished))
-    assert (tmp_path / "0" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert (tmp_path / "0" / "metrics.jsonl").read_text() == (
+        finished / "metrics.jsonl"
+    ).read_text()
     assert not torch.equal(weights(tmp_path / "1"), weights(finished))
 
 
 @pytest.mark.parametrize("stage, stop", [("sft", 4), ("safedpo", 1), ("safedpo", 3)])
 def test_a_stopped_run_resumes_to_the_bit(finished, folder, tmp_path, monkeypatch, stage, stop):
-    flags = [*TINY, "--data", str(folder), "--delta", "5", "--out_dir", str(tmp_path / "run"), "--save_every", "2"]
+    flags = [
+        *TINY,
+        "--data",
+        str(folder),
+        "--delta",
+        "5",
+        "--out_dir",
+        str(tmp_path / "run"),
+        "--save_every",
+        "2",
+    ]
     keep_going, count = train.train_step, 0
 
     def stops(model, optimizer, scaler, batches, loss_function, *rest):
@@ -254,7 +359,21 @@ def test_a_stopped_run_resumes_to_the_bit(finished, folder, tmp_path, monkeypatc
 
 def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path):
     with pytest.raises(FloatingPointError):
-        train.main([*TINY, "--data", str(folder), "--sft_lr", "1e30", "--weight_decay", "1e30", "--sft_batch_size", "500", "--out_dir", str(tmp_path)])
+        train.main(
+            [
+                *TINY,
+                "--data",
+                str(folder),
+                "--sft_lr",
+                "1e30",
+                "--weight_decay",
+                "1e30",
+                "--sft_batch_size",
+                "500",
+                "--out_dir",
+                str(tmp_path),
+            ]
+        )
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -265,13 +384,25 @@ def test_weights_that_are_no_numbers_leave_the_last_state(tmp_path):
     train.keep(tmp_path, "sft", 6, model, optimizer, scaler)
     with torch.no_grad():
         model.embedding.weight[3, 3] = torch.nan
-    with pytest.raises(FloatingPointError, match="sft step 7: embedding.weight holds weights that are no numbers"):
+    with pytest.raises(
+        FloatingPointError, match="sft step 7: embedding.weight holds weights that are no numbers"
+    ):
         train.keep(tmp_path, "sft", 7, model, optimizer, scaler)
     assert torch.load(tmp_path / "state.pt")["step"] == 6
 
 
 def test_flags_of_the_machine_may_change_on_resume(finished, capsys):
-    config, _ = train.open_run(["--resume", "--checkpointing", "--compile", "--micro_batch_size", "2", "--out_dir", str(finished)])
+    config, _ = train.open_run(
+        [
+            "--resume",
+            "--checkpointing",
+            "--compile",
+            "--micro_batch_size",
+            "2",
+            "--out_dir",
+            str(finished),
+        ]
+    )
     assert (config.checkpointing, config.compile, config.micro_batch_size) == (True, True, 2)
     config, _ = train.open_run(["--resume", "--out_dir", str(finished)])
     assert (config.checkpointing, config.compile, config.micro_batch_size) == (False, False, 8)
@@ -287,7 +418,10 @@ def test_resume_of_a_finished_run_trains_nothing(finished, capsys):
 def test_a_reference_with_the_same_settings_is_reused(finished, folder, capsys):
     out = finished.parent / "delta0"
     train.main([*TINY, "--data", str(folder), "--delta", "0", "--out_dir", str(out)])
-    assert f"reference: {finished / 'reference.pt'}, trained earlier with the same settings" in capsys.readouterr().out
+    assert (
+        f"reference: {finished / 'reference.pt'}, trained earlier with the same settings"
+        in capsys.readouterr().out
+    )
     assert {m["stage"] for m in lines(out)} == {"safedpo"}
     assert torch.equal(weights(out, "reference.pt"), weights(finished, "reference.pt"))
     other = finished.parent / "other-sft"
@@ -298,18 +432,41 @@ def test_a_reference_with_the_same_settings_is_reused(finished, folder, capsys):
 def test_init_from_a_checkpoint_skips_sft(finished, folder, tmp_path):
     for source in (finished, finished / "policy.pt"):
         out = tmp_path / source.name
-        train.main([*SHORT, "--data", str(folder), "--init_from", str(source), "--out_dir", str(out)])
+        train.main(
+            [*SHORT, "--data", str(folder), "--init_from", str(source), "--out_dir", str(out)]
+        )
         assert torch.equal(weights(out, "reference.pt"), weights(finished))
-        assert json.loads((out / "config.json").read_text())["d_model"] == 16, "the checkpoint's own size, not the default"
+        assert json.loads((out / "config.json").read_text())["d_model"] == 16, (
+            "the checkpoint's own size, not the default"
+        )
         assert {m["stage"] for m in lines(out)} == {"safedpo"}
 
 
 def test_every_pair_choice_and_label_noise_run(finished, folder, tmp_path):
-    for flags in (["--pairs", "helpful"], ["--pairs", "harmless"], ["--pairs", "safebetter"], ["--pairs", "noswap"], ["--label_noise", "0.3"]):
+    for flags in (
+        ["--pairs", "helpful"],
+        ["--pairs", "harmless"],
+        ["--pairs", "safebetter"],
+        ["--pairs", "noswap"],
+        ["--label_noise", "0.3"],
+    ):
         out = tmp_path / "-".join(flags)
-        train.main([*SHORT, "--data", str(folder), "--init_from", str(finished / "reference.pt"), "--out_dir", str(out), *flags])
+        train.main(
+            [
+                *SHORT,
+                "--data",
+                str(folder),
+                "--init_from",
+                str(finished / "reference.pt"),
+                "--out_dir",
+                str(out),
+                *flags,
+            ]
+        )
         delta = json.loads((out / "config.json").read_text())["delta"]
-        assert delta == (5 if flags[1] in ("noswap", "0.3") else 0), "a baseline has no margin unless asked for"
+        assert delta == (5 if flags[1] in ("noswap", "0.3") else 0), (
+            "a baseline has no margin unless asked for"
+        )
         kinds = {name.split("/")[0] for m in lines(out) for name in m if name.endswith("/pairs")}
         assert ("unsafe-safe" in kinds) == (flags[1] in ("helpful", "noswap"))
         assert ("unsafe-unsafe" in kinds) == (flags[1] in ("helpful", "harmless"))
@@ -318,9 +475,19 @@ def test_every_pair_choice_and_label_noise_run(finished, folder, tmp_path):
 def test_out_dir_follows_from_the_flags():
     name = lambda *flags: train.run_name(train.parse(train.Config, list(flags)))
     assert name() == "toy-safedpo" and name("--delta", "5") == "toy-safedpo-delta5"
-    runs = [[], ["--delta", "5"], ["--delta", "0.5"], ["--pairs", "helpful"], ["--lr", "1e-3"], ["--seed", "1"], ["--data", "a/b"]]
+    runs = [
+        [],
+        ["--delta", "5"],
+        ["--delta", "0.5"],
+        ["--pairs", "helpful"],
+        ["--lr", "1e-3"],
+        ["--seed", "1"],
+        ["--data", "a/b"],
+    ]
     assert len({name(*flags) for flags in runs}) == len(runs)
     assert name("--delta", "5", "--resume") == name("--delta", "5") == name("--delta", "5.0")
     assert "/" not in name("--data", "../a/b", "--init_from", "/c/d")
     long = [name("--init_from", "ü" * 300 + end) for end in "ab"]
-    assert len(set(long)) == 2 and max(len(n.encode()) for n in long) <= 120, "a file system's limit is 255 bytes"
+    assert len(set(long)) == 2 and max(len(n.encode()) for n in long) <= 120, (
+        "a file system's limit is 255 bytes"
+    )

@@ -1,4 +1,5 @@
 """torch.compile, which CUDA runs use by default, on the CPU: the same steps, up to rounding."""
+
 import json
 
 import pytest
@@ -11,10 +12,17 @@ import train
 def test_a_compiled_run_is_the_eager_run(finished, folder, tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train.main([*TINY, "--data", str(folder), "--delta", "5", "--compile", "--out_dir", str(tmp_path)])
-    compiled, eager = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (tmp_path, finished))
+    train.main(
+        [*TINY, "--data", str(folder), "--delta", "5", "--compile", "--out_dir", str(tmp_path)]
+    )
+    compiled, eager = (
+        [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        for run in (tmp_path, finished)
+    )
     assert len(compiled) == len(eager) > 4
     for a, b in zip(compiled, eager):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-3
+        )
     # with and without gradients, and one pair alone: not a graph a batch
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4

@@ -1,4 +1,5 @@
 """Hugging Face folders in and out, against transformers itself: random weights, tiny sizes."""
+
 import json
 import shutil
 import subprocess
@@ -9,27 +10,60 @@ import torch
 import transformers
 from conftest import ROOT, SHORT, complaint
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as BPE
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import eval as eval_room
-import pretrained
 import train
 from eval import log_probs
+from lib import pretrained
+from lib.tokenizer import TEMPLATES
 from safedpo import response_logps
-from tokenizer import TEMPLATES
 
 CPU = torch.device("cpu")
-TEXT = ["How do I make a red kite for the inn?", "First bend the copper. Then fit the glass.", "I must refuse. It is too dangerous."] * 20
-SIZES = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+TEXT = [
+    "How do I make a red kite for the inn?",
+    "First bend the copper. Then fit the glass.",
+    "I must refuse. It is too dangerous.",
+] * 20
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 FAMILIES = {  # → transformers' configuration, and how the folder is saved
     "llama1": ("Llama", dict(num_key_value_heads=4, rms_norm_eps=1e-6), {}),
     "llama2": ("Llama", dict(rms_norm_eps=1e-5), {}),
-    "llama-linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=10000.0)), {}),
+    "llama-linear": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=10000.0)),
+        {},
+    ),
     "llama3": ("Llama", dict(rope_parameters=LLAMA3, head_dim=16), dict(max_shard_size="20KB")),
-    "mistral": ("Mistral", dict(sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=1e6)), {}),
+    "mistral": (
+        "Mistral",
+        dict(sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+        {},
+    ),
     "mistral-window": ("Mistral", dict(sliding_window=64), {}),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True), {}),
     "qwen3": ("Qwen3", dict(head_dim=12), {}),
@@ -39,10 +73,22 @@ FAMILIES = {  # → transformers' configuration, and how the folder is saved
 def byte_level(path):
     """A folder with a byte-level BPE that has special tokens of its own, Qwen2's way: no BOS, <|im_end|> ends an answer."""
     bpe = BPE(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    bpe.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
     fast.save_pretrained(path)
 
@@ -56,21 +102,42 @@ def sentencepiece_like(path):
     state = json.loads(bpe.to_str())
     state["added_tokens"] = state["added_tokens"][:3]  # bytes are no special tokens
     bpe = BPE.from_str(json.dumps(state))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     bpe.decoder = decoders.Sequence(steps)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(path)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
 
 
 def metaspace(path):
     """The same as newer Llama 2 and Mistral folders have it: ▁ before the first word only, and not by the normalizer."""
     sentencepiece_like(path)
     state = json.loads((path / "tokenizer.json").read_text())
-    state |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}}
+    state |= {
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        },
+    }
     (path / "tokenizer.json").write_text(json.dumps(state))
 
 
-TOKENIZERS = {"byte-level": byte_level, "sentencepiece-like": sentencepiece_like, "metaspace": metaspace}
+TOKENIZERS = {
+    "byte-level": byte_level,
+    "sentencepiece-like": sentencepiece_like,
+    "metaspace": metaspace,
+}
 
 
 @torch.no_grad()
@@ -79,7 +146,17 @@ def make(path, family="llama2", dtype=torch.float32, tokenizer="byte-level", **c
     name, own, saving = FAMILIES[family]
     TOKENIZERS[tokenizer](path)
     torch.manual_seed(0)
-    config = getattr(transformers, name + "Config")(**{**SIZES, "vocab_size": 420, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2, **own, **changes})
+    config = getattr(transformers, name + "Config")(
+        **{
+            **SIZES,
+            "vocab_size": 420,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": 2,
+            **own,
+            **changes,
+        }
+    )
     peer = getattr(transformers, name + "ForCausalLM")(config).eval()
     for p in peer.parameters():
         if p.dim() == 1:
@@ -111,16 +188,27 @@ def test_logits_greedy_answers_and_weights_are_transformers(family, dtype, tmp_p
     assert theirs.std() > 0.3, "a comparison of zeros would tell nothing"
     torch.testing.assert_close(logits(net, ids), theirs, rtol=0, atol=1e-4)
     for prompt in (ids[:3], ids[:30]):
-        said = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False)
-        assert net.generate([prompt], 20, tokenizer.eos, temperature=0) == [said[0, len(prompt) :].tolist()]
+        said = peer.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=20,
+            do_sample=False,
+        )
+        assert net.generate([prompt], 20, tokenizer.eos, temperature=0) == [
+            said[0, len(prompt) :].tolist()
+        ]
 
     pretrained.export(net, tokenizer, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto")
-    assert {p.dtype for p in again.parameters()} == {dtype} and again.state_dict().keys() == before.state_dict().keys()
+    assert {p.dtype for p in again.parameters()} == {
+        dtype
+    } and again.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(w, before.state_dict()[name]) for name, w in again.state_dict().items())
     if family == "llama3":
-        assert len(list((tmp_path / "in").glob("model-*.safetensors"))) > 2, "one folder is in shards"
+        assert len(list((tmp_path / "in").glob("model-*.safetensors"))) > 2, (
+            "one folder is in shards"
+        )
 
 
 def test_what_is_no_weight_is_exported_as_it_was(tmp_path):
@@ -128,7 +216,11 @@ def test_what_is_no_weight_is_exported_as_it_was(tmp_path):
     net, tokenizer = pretrained.load(tmp_path / "in", "{prompt}", 64, CPU)
     pretrained.export(net, tokenizer, tmp_path / "out")
     names = {f.name for f in (tmp_path / "in").iterdir()}
-    assert {f.name for f in (tmp_path / "out").iterdir()} == names >= {"tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert (
+        {f.name for f in (tmp_path / "out").iterdir()}
+        == names
+        >= {"tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    )
     for name in names - {"model.safetensors", "config.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
     config = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("in", "out")]
@@ -145,10 +237,17 @@ def test_configs_of_older_releases_mean_the_same(kind, tmp_path):
         change(tmp_path, dtype=..., torch_dtype="float16")
     net, tokenizer = pretrained.load(tmp_path, "{prompt}", 64, CPU)
     with torch.no_grad():
-        torch.testing.assert_close(logits(net, [5, 6, 7] * 15), peer(torch.tensor([[5, 6, 7] * 15])).logits[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            logits(net, [5, 6, 7] * 15),
+            peer(torch.tensor([[5, 6, 7] * 15])).logits[0],
+            rtol=0,
+            atol=1e-4,
+        )
     pretrained.export(net, tokenizer, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["torch_dtype" if kind == "torch_dtype" else "dtype"] == "float32", "what the files hold, whatever the config said"
+    assert config["torch_dtype" if kind == "torch_dtype" else "dtype"] == "float32", (
+        "what the files hold, whatever the config said"
+    )
 
 
 def test_our_own_models_are_llamas_to_transformers(finished, tmp_path):
@@ -156,30 +255,63 @@ def test_our_own_models_are_llamas_to_transformers(finished, tmp_path):
     pretrained.export(net, tokenizer, tmp_path / "out")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    (x,), (y,) = tokenizer.prompts(["How do I make a red kite?"]), tokenizer.answers(["First bend the copper."])
-    assert fast("How do I make a red kite?\n").input_ids == x and fast("First bend the copper.").input_ids + [fast.eos_token_id] == y
+    (x,), (y,) = (
+        tokenizer.prompts(["How do I make a red kite?"]),
+        tokenizer.answers(["First bend the copper."]),
+    )
+    assert (
+        fast("How do I make a red kite?\n").input_ids == x
+        and fast("First bend the copper.").input_ids + [fast.eos_token_id] == y
+    )
     with torch.no_grad():
-        torch.testing.assert_close(logits(net, x + y), peer(torch.tensor([x + y])).logits[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            logits(net, x + y), peer(torch.tensor([x + y])).logits[0], rtol=0, atol=1e-4
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
-STRANGE = ["How do I?", " two  spaces ", "żółć 🎉 שלום", "tab\tand\nline\n", "", "[INST] no [/INST]", "x" * 300, "'s “quoted” 12345"]
+STRANGE = [
+    "How do I?",
+    " two  spaces ",
+    "żółć 🎉 שלום",
+    "tab\tand\nline\n",
+    "",
+    "[INST] no [/INST]",
+    "x" * 300,
+    "'s “quoted” 12345",
+]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("template", [*TEMPLATES.values(), "{prompt}", "[INST] {prompt} [/INST]", "<|endoftext|>{prompt}", "a</s>user {prompt}</s>\nbot", "</s>{prompt}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        *TEMPLATES.values(),
+        "{prompt}",
+        "[INST] {prompt} [/INST]",
+        "<|endoftext|>{prompt}",
+        "a</s>user {prompt}</s>\nbot",
+        "</s>{prompt}",
+    ],
+)
 def test_prompts_and_answers_are_encoded_as_transformers_does(kind, template, tmp_path):
     make(tmp_path, tokenizer=kind)
     ours = pretrained.load_tokenizer(tmp_path, template)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in STRANGE:
         assert ours.prompts([text]) == [theirs(template.replace("{prompt}", text)).input_ids]
-        assert ours.answers([text]) == [theirs(text, add_special_tokens=False).input_ids + [theirs.eos_token_id]]
+        assert ours.answers([text]) == [
+            theirs(text, add_special_tokens=False).input_ids + [theirs.eos_token_id]
+        ]
         for prompt in ("How?", text):  # as one text, for judges
-            assert ours.dialogues([prompt], [text]) == [theirs(template.replace("{prompt}", prompt) + text).input_ids]
-        assert ours.decode(ours.answers([text])[0]) == theirs.decode(theirs(text, add_special_tokens=False).input_ids, clean_up_tokenization_spaces=False)
+            assert ours.dialogues([prompt], [text]) == [
+                theirs(template.replace("{prompt}", prompt) + text).input_ids
+            ]
+        assert ours.decode(ours.answers([text])[0]) == theirs.decode(
+            theirs(text, add_special_tokens=False).input_ids, clean_up_tokenization_spaces=False
+        )
     assert ours.first == ([] if kind == "byte-level" else [1])
 
 
@@ -216,8 +348,17 @@ def test_a_template_whose_parts_are_not_the_whole_is_refused(tmp_path):
 @pytest.mark.parametrize("add_bos_token", [True, False])
 def test_bos_is_what_the_tokenizer_file_says(add_bos_token, tmp_path):
     sentencepiece_like(tmp_path)
-    change(tmp_path, "tokenizer_config.json", add_bos_token=add_bos_token, tokenizer_class="LlamaTokenizerFast", legacy=True)
-    ours, theirs = pretrained.load_tokenizer(tmp_path, "{prompt}"), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    change(
+        tmp_path,
+        "tokenizer_config.json",
+        add_bos_token=add_bos_token,
+        tokenizer_class="LlamaTokenizerFast",
+        legacy=True,
+    )
+    ours, theirs = (
+        pretrained.load_tokenizer(tmp_path, "{prompt}"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
     for text in STRANGE:  # transformers 5 gives this class a normalizer of its own, which drops one leading space; ours is the file's
         assert ours.prompts([text.lstrip(" ")]) == [theirs(text.lstrip(" ")).input_ids]
 
@@ -232,10 +373,23 @@ def make_judge(path, head="score_head", bias=True, tokenizer="sentencepiece-like
     make(path, "llama2", tokenizer=tokenizer)
     weights = load_file(path / "model.safetensors")
     weights.pop("lm_head.weight")
-    weights |= {f"{head}.weight": torch.randn(1, 32)} | ({f"{head}.bias": torch.randn(1)} if bias else {})
+    weights |= {f"{head}.weight": torch.randn(1, 32)} | (
+        {f"{head}.bias": torch.randn(1)} if bias else {}
+    )
     if head == "score_head":
-        weights |= {"normalizer.mean": torch.zeros(1), "normalizer.var": torch.ones(1), "normalizer.count": torch.zeros((), dtype=torch.int64)}
-        change(path, architectures=["LlamaForScore"], score_dim=1, do_normalize=False, bias=bias, score_type="reward")
+        weights |= {
+            "normalizer.mean": torch.zeros(1),
+            "normalizer.var": torch.ones(1),
+            "normalizer.count": torch.zeros((), dtype=torch.int64),
+        }
+        change(
+            path,
+            architectures=["LlamaForScore"],
+            score_dim=1,
+            do_normalize=False,
+            bias=bias,
+            score_type="reward",
+        )
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     peer = transformers.LlamaModel.from_pretrained(path).eval()
     fast = transformers.AutoTokenizer.from_pretrained(path)
@@ -244,32 +398,47 @@ def make_judge(path, head="score_head", bias=True, tokenizer="sentencepiece-like
     def score(x, y):
         ids = fast(x + y).input_ids + [fast.eos_token_id]  # one text, as beaver's were trained
         last = peer(torch.tensor([ids])).last_hidden_state[0, -1]
-        return (last @ weights[f"{head}.weight"][0] + (weights[f"{head}.bias"][0] if bias else 0)).item()
+        return (
+            last @ weights[f"{head}.weight"][0] + (weights[f"{head}.bias"][0] if bias else 0)
+        ).item()
 
     return score
 
 
-ANSWERS = [("How do I make a red kite?", "First bend the copper."), ("How?", ""), ("How?", "I must refuse. It is too dangerous."), ("Why", "no")]
+ANSWERS = [
+    ("How do I make a red kite?", "First bend the copper."),
+    ("How?", ""),
+    ("How?", "I must refuse. It is too dangerous."),
+    ("Why", "no"),
+]
 
 
-@pytest.mark.parametrize("head, bias", [("score_head", True), ("score_head", False), ("score", False)])
+@pytest.mark.parametrize(
+    "head, bias", [("score_head", True), ("score_head", False), ("score", False)]
+)
 def test_scores_are_those_of_plain_transformers(head, bias, tmp_path):
     score = make_judge(tmp_path, head, bias)
     model, examples = pretrained.load_judge(tmp_path, TEMPLATES["beaver"], ANSWERS, CPU)
     expected = [score(f"BEGINNING OF CONVERSATION: USER: {x} ASSISTANT:", y) for x, y in ANSWERS]
     assert max(expected) - min(expected) > 0.1
     for rows in (1, 2, 64):  # padding and batch mates change nothing
-        assert log_probs(model, examples, CPU, "float32", rows)[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
+        assert log_probs(model, examples, CPU, "float32", rows)[:, 0].tolist() == pytest.approx(
+            expected, abs=1e-4
+        )
 
 
 def test_a_sequence_classifier_scores_as_transformers_own(tmp_path):
     make_judge(tmp_path, "score", bias=False)
-    peer = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+    peer = transformers.LlamaForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=1
+    ).eval()
     model, examples = pretrained.load_judge(tmp_path, "{prompt}", ANSWERS, CPU)
     for i, (x, (y,)) in enumerate(examples):
         with torch.no_grad():
             expected = peer(torch.tensor([x + y])).logits.item()
-        assert log_probs(model, [examples[i]], CPU, "float32").item() == pytest.approx(expected, abs=1e-4)
+        assert log_probs(model, [examples[i]], CPU, "float32").item() == pytest.approx(
+            expected, abs=1e-4
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +450,20 @@ def aligned(folder, tmp_path_factory):
     """(the Hugging Face folder, the run that began there)."""
     path = tmp_path_factory.mktemp("aligned")
     make(path / "hf", "qwen2", tokenizer="byte-level")
-    flags = ["--init_from", str(path / "hf"), "--prompt_template", "chatml", "--data", str(folder), "--lr", "0.01", "--beta", "0.1", "--delta", "10"]
+    flags = [
+        "--init_from",
+        str(path / "hf"),
+        "--prompt_template",
+        "chatml",
+        "--data",
+        str(folder),
+        "--lr",
+        "0.01",
+        "--beta",
+        "0.1",
+        "--delta",
+        "10",
+    ]
     train.main([*SHORT, *flags, "--out_dir", str(path / "run")])
     return path / "hf", path / "run"
 
@@ -296,16 +478,29 @@ def test_an_exported_run_says_in_transformers_what_eval_printed(aligned, folder,
         peer = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
         chosen, rejected = [], []
         for row in map(json.loads, (folder / "test.jsonl").open()):
-            ask = fast.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False)
+            ask = fast.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
             safe = row["is_response_0_safe"], row["is_response_1_safe"]
-            winner = row["better_response_id"] if all(safe) else safe.index(True) if any(safe) else None
+            winner = (
+                row["better_response_id"] if all(safe) else safe.index(True) if any(safe) else None
+            )
             if winner is None:
                 continue
             for side, i in ((chosen, winner), (rejected, 1 - winner)):
-                x, y = fast(ask, add_special_tokens=False).input_ids, fast(row[f"response_{i}"]).input_ids + [fast.eos_token_id]
+                x, y = (
+                    fast(ask, add_special_tokens=False).input_ids,
+                    fast(row[f"response_{i}"]).input_ids + [fast.eos_token_id],
+                )
                 mask = torch.arange(len(x + y))[None] >= len(x)
                 with torch.no_grad():
-                    side.append(response_logps(peer(torch.tensor([x + y])).logits, torch.tensor([x + y]), mask).item())
+                    side.append(
+                        response_logps(
+                            peer(torch.tensor([x + y])).logits, torch.tensor([x + y]), mask
+                        ).item()
+                    )
         found = preferences[name]["preferences"]
         assert found["logps/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-5)
         assert found["logps/rejected"] == pytest.approx(sum(rejected) / len(rejected), rel=1e-5)
@@ -314,31 +509,71 @@ def test_an_exported_run_says_in_transformers_what_eval_printed(aligned, folder,
 
 def test_sft_from_a_folder_makes_a_reference_of_its_own(aligned, folder, tmp_path):
     hf, run = aligned
-    flags = ["--init_from", str(hf), "--prompt_template", "chatml", "--data", str(folder), "--sft_epochs", "1", "--sft_lr", "1e-3"]
+    flags = [
+        "--init_from",
+        str(hf),
+        "--prompt_template",
+        "chatml",
+        "--data",
+        str(folder),
+        "--sft_epochs",
+        "1",
+        "--sft_lr",
+        "1e-3",
+    ]
     train.main([*SHORT, *flags, "--out_dir", str(tmp_path / "run")])
     stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert stages[0] == "sft" and stages[-1] == "safedpo"
-    start, reference = (eval_room.load_model(r / "reference.pt", CPU)[0].head.weight for r in (run, tmp_path / "run"))
+    start, reference = (
+        eval_room.load_model(r / "reference.pt", CPU)[0].head.weight
+        for r in (run, tmp_path / "run")
+    )
     assert not torch.equal(start, reference)
-    train.main([*SHORT, "--init_from", str(tmp_path / "run"), "--data", str(folder), "--out_dir", str(tmp_path / "next")])
+    train.main(
+        [
+            *SHORT,
+            "--init_from",
+            str(tmp_path / "run"),
+            "--data",
+            str(folder),
+            "--out_dir",
+            str(tmp_path / "next"),
+        ]
+    )
     tokenizer = eval_room.load_model(tmp_path / "next" / "policy.pt", CPU)[1]
-    assert tokenizer.template == TEMPLATES["chatml"] and "tokenizer_config.json" in tokenizer.files, "both stay with the run"
+    assert (
+        tokenizer.template == TEMPLATES["chatml"] and "tokenizer_config.json" in tokenizer.files
+    ), "both stay with the run"
 
 
 def test_judges_bring_the_papers_figures(aligned, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(aligned[1], run)
     scores = {kind: make_judge(tmp_path / kind, bias=kind == "cost") for kind in ("reward", "cost")}
-    eval_room.main([str(run), "--reward_model", str(tmp_path / "reward"), "--cost_model", str(tmp_path / "cost"), "--device", "cpu"])
+    eval_room.main(
+        [
+            str(run),
+            "--reward_model",
+            str(tmp_path / "reward"),
+            "--cost_model",
+            str(tmp_path / "cost"),
+            "--device",
+            "cpu",
+        ]
+    )
     rows = [json.loads(line) for line in (run / "samples.jsonl").open()]
     result, ask = json.loads((run / "eval.json").read_text()), TEMPLATES["beaver"].replace
     for name in ("reference", "policy"):
         for kind, score in scores.items():
-            assert [r[f"{name}_{kind}"] for r in rows] == pytest.approx([score(ask("{prompt}", r["prompt"]), r[name]) for r in rows], abs=1e-4)
+            assert [r[f"{name}_{kind}"] for r in rows] == pytest.approx(
+                [score(ask("{prompt}", r["prompt"]), r[name]) for r in rows], abs=1e-4
+            )
         costs = [r[f"{name}_cost"] for r in rows]
         assert result[name]["harmlessness"]["value"] == pytest.approx(-sum(costs) / 8)
         assert result[name]["harmless_ratio"]["value"] == sum(c <= 0 for c in costs) / 8
-        assert result[name]["helpfulness"]["value"] == pytest.approx(sum(r[f"{name}_reward"] for r in rows) / 8)
+        assert result[name]["helpfulness"]["value"] == pytest.approx(
+            sum(r[f"{name}_reward"] for r in rows) / 8
+        )
     shown = capsys.readouterr().out
     assert "which requests are benign, only the village knows" in shown
     assert f"{result['policy']['helpfulness']['value']:.2f} ±" in shown
@@ -375,9 +610,22 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parame
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_holds_one_copy(dtype, tmp_path):
     make(tmp_path / "small")
-    make(tmp_path / "large", "llama2", dtype, vocab_size=40000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
-    script = MEASURE.format(root=str(ROOT), small=str(tmp_path / "small"), path=str(tmp_path / "large"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    make(
+        tmp_path / "large",
+        "llama2",
+        dtype,
+        vocab_size=40000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+    )
+    script = MEASURE.format(
+        root=str(ROOT), small=str(tmp_path / "small"), path=str(tmp_path / "large")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) <= 1.15, done.stdout
 
 
@@ -410,7 +658,9 @@ def config(**changes):
 
 
 def rope(**changes):
-    return config(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0, **changes})
+    return config(
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0, **changes}
+    )
 
 
 def index(**places):
@@ -419,7 +669,9 @@ def index(**places):
     def apply(path):
         with pretrained.library().safe_open(path / "model.safetensors", "pt") as f:
             files = {name: places.get("file", "weights.safetensors") for name in f.keys()}
-        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places.get("weight_map", files)}))
+        (path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": places.get("weight_map", files)})
+        )
         (path / "model.safetensors").rename(path / "weights.safetensors")
 
     return apply
@@ -444,53 +696,170 @@ def plain_eos(path):
 
 NORM = "model.norm.weight"
 REFUSED = {
-    "another architecture": (config(model_type="gpt2"), "config.json: model_type is 'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
-    "another activation": (config(hidden_act="gelu"), "config.json: hidden_act is gelu; expected silu"),
+    "another architecture": (
+        config(model_type="gpt2"),
+        "config.json: model_type is 'gpt2'; expected one of llama, mistral, qwen2, qwen3",
+    ),
+    "another activation": (
+        config(hidden_act="gelu"),
+        "config.json: hidden_act is gelu; expected silu",
+    ),
     "biases": (config(attention_bias=True), "config.json: attention_bias is True; expected False"),
     "biases of the MLP": (config(mlp_bias=True), "config.json: mlp_bias is True; expected False"),
-    "quantized": (config(quantization_config={"bits": 4}), "config.json: quantization_config is {'bits': 4}; expected None"),
-    "a short window": (config(model_type="mistral", sliding_window=64), "config.json: the model's sliding window is 64, and rows have up to 524 tokens; expected shorter ones (--max_length)"),
-    "chunks": (config(layer_types=["chunked_attention"] * 2), "config.json: layer_types has chunked_attention; expected full_attention"),
-    "yarn": (rope(rope_type="yarn"), "config.json: the type of rotary scaling is 'yarn'; expected one of default, linear, llama3"),
-    "old name of a type": (config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "the type of rotary scaling is 'dynamic'"),
-    "two scalings": (config(rope_scaling={"type": "linear", "factor": 2.0}), "config.json: rope_scaling and rope_parameters differ; expected one of them"),
-    "no factor": (rope(factor=None), "config.json: factor of its rotary positions is None; expected a number above 0"),
-    "rotary that differs": (config(rope_parameters={"full_attention": {"rope_type": "default"}}), "config.json: rotary positions that differ between layers"),
-    "a second length": (config(rope_parameters=LLAMA3, original_max_position_embeddings=99), "config.json: original_max_position_embeddings of its rotary positions is 16"),
-    "low above high": (config(rope_parameters={**LLAMA3, "low_freq_factor": 8.0}), "config.json: low_freq_factor is 8.0; expected it below high_freq_factor, 4.0"),
+    "quantized": (
+        config(quantization_config={"bits": 4}),
+        "config.json: quantization_config is {'bits': 4}; expected None",
+    ),
+    "a short window": (
+        config(model_type="mistral", sliding_window=64),
+        "config.json: the model's sliding window is 64, and rows have up to 524 tokens; expected shorter ones (--max_length)",
+    ),
+    "chunks": (
+        config(layer_types=["chunked_attention"] * 2),
+        "config.json: layer_types has chunked_attention; expected full_attention",
+    ),
+    "yarn": (
+        rope(rope_type="yarn"),
+        "config.json: the type of rotary scaling is 'yarn'; expected one of default, linear, llama3",
+    ),
+    "old name of a type": (
+        config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "the type of rotary scaling is 'dynamic'",
+    ),
+    "two scalings": (
+        config(rope_scaling={"type": "linear", "factor": 2.0}),
+        "config.json: rope_scaling and rope_parameters differ; expected one of them",
+    ),
+    "no factor": (
+        rope(factor=None),
+        "config.json: factor of its rotary positions is None; expected a number above 0",
+    ),
+    "rotary that differs": (
+        config(rope_parameters={"full_attention": {"rope_type": "default"}}),
+        "config.json: rotary positions that differ between layers",
+    ),
+    "a second length": (
+        config(rope_parameters=LLAMA3, original_max_position_embeddings=99),
+        "config.json: original_max_position_embeddings of its rotary positions is 16",
+    ),
+    "low above high": (
+        config(rope_parameters={**LLAMA3, "low_freq_factor": 8.0}),
+        "config.json: low_freq_factor is 8.0; expected it below high_freq_factor, 4.0",
+    ),
     "both ways": (config(is_causal=False), "config.json: is_causal is False; expected True"),
-    "no epsilon": (config(rms_norm_eps=0.0), "config.json: rms_norm_eps is '0.0'; expected a number above 0"),
-    "half rotary": (rope(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
-    "half rotary, older": (config(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; expected 1.0"),
-    "no size": (config(hidden_size=...), "config.json: hidden_size is 'None'; expected a number above 0"),
-    "a size that is none": (config(hidden_size="32"), "config.json: hidden_size is '32'; expected a number above 0"),
-    "a size in a list": (config(head_dim=[8]), "config.json: head_dim is '[8]'; expected a number above 0"),
-    "rotary in a list": (config(rope_parameters=[1]), "config.json: cannot be read as a model's configuration"),
-    "layers of numbers": (config(layer_types=5), "config.json: cannot be read as a model's configuration"),
-    "layers without end": (config(num_hidden_layers=10**9), "config.json: num_hidden_layers is '1000000000'; expected a number above 0, at most 1024"),
+    "no epsilon": (
+        config(rms_norm_eps=0.0),
+        "config.json: rms_norm_eps is '0.0'; expected a number above 0",
+    ),
+    "half rotary": (
+        rope(partial_rotary_factor=0.5),
+        "config.json: partial_rotary_factor is 0.5; expected 1.0",
+    ),
+    "half rotary, older": (
+        config(partial_rotary_factor=0.5),
+        "config.json: partial_rotary_factor is 0.5; expected 1.0",
+    ),
+    "no size": (
+        config(hidden_size=...),
+        "config.json: hidden_size is 'None'; expected a number above 0",
+    ),
+    "a size that is none": (
+        config(hidden_size="32"),
+        "config.json: hidden_size is '32'; expected a number above 0",
+    ),
+    "a size in a list": (
+        config(head_dim=[8]),
+        "config.json: head_dim is '[8]'; expected a number above 0",
+    ),
+    "rotary in a list": (
+        config(rope_parameters=[1]),
+        "config.json: cannot be read as a model's configuration",
+    ),
+    "layers of numbers": (
+        config(layer_types=5),
+        "config.json: cannot be read as a model's configuration",
+    ),
+    "layers without end": (
+        config(num_hidden_layers=10**9),
+        "config.json: num_hidden_layers is '1000000000'; expected a number above 0, at most 1024",
+    ),
     "odd heads": (config(num_attention_heads=5), "must be n_head 5 times an even head size"),
     "no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), "holds no weights; expected model.safetensors, or several and their index"),
-    "pickles": (pickles, "its weights are pickles (pytorch_model.bin), and reading a pickle can run code. Where you trust it, this writes them"),
+    "no weights": (
+        lambda path: (path / "model.safetensors").unlink(),
+        "holds no weights; expected model.safetensors, or several and their index",
+    ),
+    "pickles": (
+        pickles,
+        "its weights are pickles (pytorch_model.bin), and reading a pickle can run code. Where you trust it, this writes them",
+    ),
     "half a file": (cut, "model.safetensors: cannot be read as safetensors"),
-    "a shard is missing": (index(file="model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors: cannot be read as safetensors"),
-    "an index that leads out": (index(file="../hf/model.safetensors"), "is '../hf/model.safetensors'; expected the name of a file in the same folder"),
+    "a shard is missing": (
+        index(file="model-00001-of-00002.safetensors"),
+        "model-00001-of-00002.safetensors: cannot be read as safetensors",
+    ),
+    "an index that leads out": (
+        index(file="../hf/model.safetensors"),
+        "is '../hf/model.safetensors'; expected the name of a file in the same folder",
+    ),
     "an index of nothing": (index(weight_map=["a"]), 'weight_map is ["a"]; expected dict'),
-    "an index of none": (index(weight_map={}), "holds no weights; expected model.safetensors, or several and their index"),
-    "weights that are no numbers": (weights(lambda t: t[NORM].fill_(torch.inf)), f"{NORM} holds weights that are no numbers"),
-    "a weight too many": (weights(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})), "q_proj.bias has no place in this transformer"),
+    "an index of none": (
+        index(weight_map={}),
+        "holds no weights; expected model.safetensors, or several and their index",
+    ),
+    "weights that are no numbers": (
+        weights(lambda t: t[NORM].fill_(torch.inf)),
+        f"{NORM} holds weights that are no numbers",
+    ),
+    "a weight too many": (
+        weights(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
+        "q_proj.bias has no place in this transformer",
+    ),
     "a weight too few": (weights(lambda t: t.pop(NORM)), f"{NORM} is missing from the weights"),
-    "another shape": (weights(lambda t: t.update({NORM: torch.zeros(3)})), f"{NORM} is (3,) of F32; expected (32,) of F32, BF16, F16"),
-    "another type": (weights(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), f"{NORM} is (32,) of I8; expected (32,)"),
-    "a larger tokenizer": (config(vocab_size=300), "config.json: vocab_size is 300, and tokenizer.json has ids up to 3"),
-    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json: no such file; where there is a tokenizer.model, this makes one: python -c"),
-    "half a tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be used (Model missing."),
-    "no EOS": (lambda path: change(path, "tokenizer_config.json", eos_token=None), "tokenizer_config.json: eos_token is None; expected one of tokenizer.json's added_tokens"),
-    "an EOS that is text": (plain_eos, "the EOS '<|im_end|>' can stand in a text; expected it as a special token in tokenizer.json"),
-    "a token elsewhere": (lambda path: (path / "added_tokens.json").write_text('{"<|user|>": 500}'), "tokenizer.json: lacks <|user|>, which files beside it add; this makes one: python -c"),
-    "an EOS of another type": (lambda path: change(path, "tokenizer_config.json", eos_token=[1]), "eos_token is [1]; expected one of tokenizer.json's added_tokens"),
-    "settings of another type": (lambda path: change(path, "tokenizer_config.json", added_tokens_decoder=[1]), "tokenizer.json: cannot be used"),
-    "another EOS": (lambda path: change(path, "tokenizer_config.json", eos_token="</s>"), "eos_token is </s>; expected one of tokenizer.json's added_tokens"),
+    "another shape": (
+        weights(lambda t: t.update({NORM: torch.zeros(3)})),
+        f"{NORM} is (3,) of F32; expected (32,) of F32, BF16, F16",
+    ),
+    "another type": (
+        weights(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})),
+        f"{NORM} is (32,) of I8; expected (32,)",
+    ),
+    "a larger tokenizer": (
+        config(vocab_size=300),
+        "config.json: vocab_size is 300, and tokenizer.json has ids up to 3",
+    ),
+    "no tokenizer": (
+        lambda path: (path / "tokenizer.json").unlink(),
+        "tokenizer.json: no such file; where there is a tokenizer.model, this makes one: python -c",
+    ),
+    "half a tokenizer": (
+        lambda path: (path / "tokenizer.json").write_text("{}"),
+        "tokenizer.json: cannot be used (Model missing.",
+    ),
+    "no EOS": (
+        lambda path: change(path, "tokenizer_config.json", eos_token=None),
+        "tokenizer_config.json: eos_token is None; expected one of tokenizer.json's added_tokens",
+    ),
+    "an EOS that is text": (
+        plain_eos,
+        "the EOS '<|im_end|>' can stand in a text; expected it as a special token in tokenizer.json",
+    ),
+    "a token elsewhere": (
+        lambda path: (path / "added_tokens.json").write_text('{"<|user|>": 500}'),
+        "tokenizer.json: lacks <|user|>, which files beside it add; this makes one: python -c",
+    ),
+    "an EOS of another type": (
+        lambda path: change(path, "tokenizer_config.json", eos_token=[1]),
+        "eos_token is [1]; expected one of tokenizer.json's added_tokens",
+    ),
+    "settings of another type": (
+        lambda path: change(path, "tokenizer_config.json", added_tokens_decoder=[1]),
+        "tokenizer.json: cannot be used",
+    ),
+    "another EOS": (
+        lambda path: change(path, "tokenizer_config.json", eos_token="</s>"),
+        "eos_token is </s>; expected one of tokenizer.json's added_tokens",
+    ),
 }
 
 
@@ -499,7 +868,16 @@ def test_refused_by_name(kind, whole, folder, tmp_path, capsys):
     spoil, message = REFUSED[kind]
     shutil.copytree(whole / "hf", tmp_path / "hf")
     spoil(tmp_path / "hf")
-    flags = ["--init_from", str(tmp_path / "hf"), "--prompt_template", "{prompt}", "--data", str(folder), "--out_dir", str(tmp_path / "out")]
+    flags = [
+        "--init_from",
+        str(tmp_path / "hf"),
+        "--prompt_template",
+        "{prompt}",
+        "--data",
+        str(folder),
+        "--out_dir",
+        str(tmp_path / "out"),
+    ]
     error = complaint(train.main, [*SHORT, *flags], capsys)
     assert message in error and str(tmp_path) in error or kind == "odd heads"
     assert not (tmp_path / "out").exists()
@@ -511,7 +889,10 @@ def test_a_head_that_is_tied_and_is_not(whole, tmp_path):
     weights(lambda t: t.update({"lm_head.weight": same.clone()}))(tmp_path / "hf")
     pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
     weights(lambda t: t.update({"lm_head.weight": same + 1}))(tmp_path / "hf")
-    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding, though config.json says tie_word_embeddings"):
+    with pytest.raises(
+        ValueError,
+        match="lm_head.weight differs from the embedding, though config.json says tie_word_embeddings",
+    ):
         pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
 
 
@@ -520,10 +901,16 @@ def test_one_file_comes_before_an_index_as_for_transformers(whole, tmp_path):
     shutil.copy(tmp_path / "hf" / "model.safetensors", tmp_path / "kept")
     index()(tmp_path / "hf")
     weights_before = load_file(tmp_path / "kept")
-    save_file({name: w + 1 for name, w in weights_before.items()}, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: w + 1 for name, w in weights_before.items()},
+        tmp_path / "hf" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     net, _ = pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
-    assert torch.equal(net.norm.weight, peer.model.norm.weight) and torch.equal(net.norm.weight, weights_before[NORM] + 1)
+    assert torch.equal(net.norm.weight, peer.model.norm.weight) and torch.equal(
+        net.norm.weight, weights_before[NORM] + 1
+    )
 
 
 def test_the_command_for_pickles_converts_them(whole, tmp_path, capsys):
@@ -543,11 +930,36 @@ def test_templates_and_flags_that_do_not_fit(whole, folder, finished, tmp_path, 
     for name in ("config.json", "model.safetensors"):
         shutil.copy(whole / "hf" / name, tmp_path / "hf")
     for flags, message in {
-        ("--init_from", tmp_path / "hf"): "a Hugging Face model needs --prompt_template TEXT, with {prompt} in it, or one of plain, beaver",
-        ("--init_from", tmp_path / "hf", "--prompt_template", "Q: A:"): "prompt template 'Q: A:': expected {prompt} in it once",
-        ("--init_from", tmp_path / "hf", "--prompt_template", "<s>[INST] {prompt}"): "begins with what this tokenizer puts before each text; leave it out",
-        ("--init_from", tmp_path / "hf", "--prompt_template", "plain", "--d_model", "32"): "--d_model 32: --init_from",
-        ("--init_from", finished, "--prompt_template", "plain"): "is a checkpoint of ours, which has its own; leave the flag out",
+        (
+            "--init_from",
+            tmp_path / "hf",
+        ): "a Hugging Face model needs --prompt_template TEXT, with {prompt} in it, or one of plain, beaver",
+        (
+            "--init_from",
+            tmp_path / "hf",
+            "--prompt_template",
+            "Q: A:",
+        ): "prompt template 'Q: A:': expected {prompt} in it once",
+        (
+            "--init_from",
+            tmp_path / "hf",
+            "--prompt_template",
+            "<s>[INST] {prompt}",
+        ): "begins with what this tokenizer puts before each text; leave it out",
+        (
+            "--init_from",
+            tmp_path / "hf",
+            "--prompt_template",
+            "plain",
+            "--d_model",
+            "32",
+        ): "--d_model 32: --init_from",
+        (
+            "--init_from",
+            finished,
+            "--prompt_template",
+            "plain",
+        ): "is a checkpoint of ours, which has its own; leave the flag out",
     }.items():
         argv = [*SHORT, *map(str, flags), "--data", str(folder), "--out_dir", str(tmp_path / "out")]
         assert message in complaint(train.main, argv, capsys)
@@ -555,19 +967,38 @@ def test_templates_and_flags_that_do_not_fit(whole, folder, finished, tmp_path, 
 
 def test_without_the_library_it_says_what_to_install(whole, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    flags = ["--init_from", str(whole / "hf"), "--prompt_template", "plain", "--data", str(folder), "--out_dir", str(tmp_path / "out")]
-    assert "Hugging Face folders need safetensors: pip install safetensors" in complaint(train.main, [*SHORT, *flags], capsys)
+    flags = [
+        "--init_from",
+        str(whole / "hf"),
+        "--prompt_template",
+        "plain",
+        "--data",
+        str(folder),
+        "--out_dir",
+        str(tmp_path / "out"),
+    ]
+    assert "Hugging Face folders need safetensors: pip install safetensors" in complaint(
+        train.main, [*SHORT, *flags], capsys
+    )
 
 
 def test_exports_that_are_refused(finished, tmp_path, capsys):
-    assert "exists already; expected the name of a new folder" in complaint(eval_room.main, [str(finished), "--export", str(tmp_path)], capsys)
+    assert "exists already; expected the name of a new folder" in complaint(
+        eval_room.main, [str(finished), "--export", str(tmp_path)], capsys
+    )
     argv = [str(finished), str(finished), "--export", str(tmp_path / "out")]
-    assert "--export writes one policy; expected one folder of a run" in complaint(eval_room.main, argv, capsys)
-    assert "holds no finished run" in complaint(eval_room.main, [str(tmp_path), "--export", str(tmp_path / "out")], capsys)
+    assert "--export writes one policy; expected one folder of a run" in complaint(
+        eval_room.main, argv, capsys
+    )
+    assert "holds no finished run" in complaint(
+        eval_room.main, [str(tmp_path), "--export", str(tmp_path / "out")], capsys
+    )
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "mine").write_text("keep")
-    assert "out.tmp: exists already" in complaint(eval_room.main, [str(finished), "--export", f"{tmp_path / 'out'}/"], capsys)
+    assert "out.tmp: exists already" in complaint(
+        eval_room.main, [str(finished), "--export", f"{tmp_path / 'out'}/"], capsys
+    )
     assert (tmp_path / "out.tmp" / "mine").read_text() == "keep"
 
 
@@ -580,45 +1011,83 @@ def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
 
 def test_a_file_name_in_a_checkpoint_leads_nowhere(finished, tmp_path):
     net, tokenizer = eval_room.load_model(finished / "policy.pt", CPU)
-    tokenizer.files = {**pretrained.own_files(net.config, tokenizer), "../beside": b"no", str(tmp_path / "absolute"): b"no"}
+    tokenizer.files = {
+        **pretrained.own_files(net.config, tokenizer),
+        "../beside": b"no",
+        str(tmp_path / "absolute"): b"no",
+    }
     pretrained.export(net, tokenizer, tmp_path / "deep" / "out")
-    assert [f.name for f in tmp_path.iterdir()] == ["deep"] and [f.name for f in (tmp_path / "deep").iterdir()] == ["out"]
+    assert [f.name for f in tmp_path.iterdir()] == ["deep"] and [
+        f.name for f in (tmp_path / "deep").iterdir()
+    ] == ["out"]
 
 
 def test_mixed_types_are_exported_in_one_that_holds_all(whole, tmp_path):
     shutil.copytree(whole / "hf", tmp_path / "in")
-    weights(lambda t: t.update({name: w.bfloat16() for name, w in t.items() if "norm" not in name}))(tmp_path / "in")
+    weights(
+        lambda t: t.update({name: w.bfloat16() for name, w in t.items() if "norm" not in name})
+    )(tmp_path / "in")
     pretrained.export(*pretrained.load(tmp_path / "in", "{prompt}", 64, CPU), tmp_path / "out")
-    before, after = load_file(tmp_path / "in" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert all(w.dtype == torch.float32 and torch.equal(w, before[name].float()) for name, w in after.items())
+    before, after = (
+        load_file(tmp_path / "in" / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    assert all(
+        w.dtype == torch.float32 and torch.equal(w, before[name].float())
+        for name, w in after.items()
+    )
 
 
 def test_a_window_is_kept_in_mind(tmp_path):
     make(tmp_path, "mistral", sliding_window=20)
     net, tokenizer = pretrained.load(tmp_path, "{prompt}", 20, CPU)
     assert len(net.generate([[5] * 10], 10, tokenizer.eos)) == 1
-    for ask in (lambda: net.generate([[5] * 11], 10, tokenizer.eos), lambda: log_probs(net, [([5] * 11, [[6] * 10])], CPU, "float32")):
+    for ask in (
+        lambda: net.generate([[5] * 11], 10, tokenizer.eos),
+        lambda: log_probs(net, [([5] * 11, [[6] * 10])], CPU, "float32"),
+    ):
         with pytest.raises(ValueError, match="sliding window is 20, and rows have up to 21 tokens"):
             ask()
 
 
-@pytest.mark.parametrize("changes", [dict(use_sliding_window=False), dict(sliding_window=None), dict(use_sliding_window=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [dict(use_sliding_window=False), dict(sliding_window=None), dict(use_sliding_window=True)],
+    ids=str,
+)
 def test_windows_are_read_as_each_family_means_them(changes, tmp_path):
     for family, model in (("mistral-window", "mistral"), ("qwen2", "qwen2")):
         make(tmp_path / model, family, sliding_window=64)
         change(tmp_path / model, layer_types=..., **changes)
         peer = transformers.AutoConfig.from_pretrained(tmp_path / model)
         slides = peer.sliding_window if model == "mistral" or peer.use_sliding_window else None
-        assert pretrained.load(tmp_path / model, "{prompt}", 9, CPU)[0].config.window == (slides or 0)
+        assert pretrained.load(tmp_path / model, "{prompt}", 9, CPU)[0].config.window == (
+            slides or 0
+        )
 
 
 JUDGES = {
-    "no head": (weights(lambda t: t.pop("score_head.weight")), "no score_head.weight and no score.weight among its weights; expected a score model"),
-    "normalized": (config(do_normalize=True), "config.json: do_normalize is true or score_dim is not 1; expected one score"),
+    "no head": (
+        weights(lambda t: t.pop("score_head.weight")),
+        "no score_head.weight and no score.weight among its weights; expected a score model",
+    ),
+    "normalized": (
+        config(do_normalize=True),
+        "config.json: do_normalize is true or score_dim is not 1; expected one score",
+    ),
     "several scores": (config(score_dim=2), "do_normalize is true or score_dim is not 1"),
-    "two rows": (weights(lambda t: t.update({"score_head.weight": torch.zeros(2, 32)})), "score_head.weight is (2, 32) of F32; expected (1, 32)"),
-    "no number": (weights(lambda t: t["score_head.bias"].fill_(torch.nan)), "score_head.bias holds weights that are no numbers"),
-    "too large": (weights(lambda t: t["score_head.weight"].fill_(3e38)), "a score is no number; --dtype float32 may help"),
+    "two rows": (
+        weights(lambda t: t.update({"score_head.weight": torch.zeros(2, 32)})),
+        "score_head.weight is (2, 32) of F32; expected (1, 32)",
+    ),
+    "no number": (
+        weights(lambda t: t["score_head.bias"].fill_(torch.nan)),
+        "score_head.bias holds weights that are no numbers",
+    ),
+    "too large": (
+        weights(lambda t: t["score_head.weight"].fill_(3e38)),
+        "a score is no number; --dtype float32 may help",
+    ),
     "no folder": (shutil.rmtree, "No such file or directory"),
     "another architecture": (config(model_type="bert"), "model_type is 'bert'"),
 }
@@ -640,14 +1109,31 @@ def test_scores_that_are_refused(aligned, tmp_path, capsys):
     rows = [json.loads(line) for line in (run / "samples.jsonl").open()]
     scored = [{**row, "policy_cost": i} for i, row in enumerate(rows)]
     for bad, message in (
-        (rows, "scores.jsonl: no score in it; expected the rows of samples.jsonl with some of reference_reward"),
+        (
+            rows,
+            "scores.jsonl: no score in it; expected the rows of samples.jsonl with some of reference_reward",
+        ),
         (scored[1:], "with the run's answers is missing; expected the rows of samples.jsonl"),
-        ([*scored[:-1], {**scored[-1], "policy_cost": "1"}], 'scores.jsonl:8: policy_cost is "1"; expected a finite number'),
-        ([*scored, {**scored[0], "policy_cost": 7}], "scores.jsonl:9: other scores for the same answers than "),
-        ([*scored[:-1], {**scored[-1], "policy_cost": 1e300}], "scores.jsonl:8: policy_cost is 1e+300; expected a finite number"),
-        ([*scored[:-1], rows[-1]], "scores.jsonl:8: policy_cost is missing; expected a finite number"),
+        (
+            [*scored[:-1], {**scored[-1], "policy_cost": "1"}],
+            'scores.jsonl:8: policy_cost is "1"; expected a finite number',
+        ),
+        (
+            [*scored, {**scored[0], "policy_cost": 7}],
+            "scores.jsonl:9: other scores for the same answers than ",
+        ),
+        (
+            [*scored[:-1], {**scored[-1], "policy_cost": 1e300}],
+            "scores.jsonl:8: policy_cost is 1e+300; expected a finite number",
+        ),
+        (
+            [*scored[:-1], rows[-1]],
+            "scores.jsonl:8: policy_cost is missing; expected a finite number",
+        ),
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in bad))
-        assert message in complaint(eval_room.main, [str(run), "--scores", str(path), "--device", "cpu"], capsys)
+        assert message in complaint(
+            eval_room.main, [str(run), "--scores", str(path), "--device", "cpu"], capsys
+        )
     argv = [str(run), "--scores", str(path), "--data", "toy", "--device", "cpu"]
     assert "the village has exact annotators" in complaint(eval_room.main, argv, capsys)

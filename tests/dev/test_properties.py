@@ -1,4 +1,5 @@
 """Properties over inputs that nobody thought of."""
+
 import json
 import math
 import re
@@ -10,17 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import toy_world
-from records import FORMATS, Record, load, parse_json, read_jsonl, recognise
+from lib.records import FORMATS, Record, load, parse_json, read_jsonl, recognise
+from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
-from tokenizer import TEMPLATES, Tokenizer
+from village import world
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 nats = st.floats(-1e4, 1e4, width=32)
 flag = st.integers(0, 1)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+    max_leaves=8,
 )
 
 
@@ -29,7 +32,9 @@ def test_loss_is_softplus_of_the_negated_logits(w, l, rw, rl, h_w, h_l, beta, de
     t = lambda v: torch.tensor([v], dtype=torch.float64)
     loss = safedpo_loss(t(w), t(l), t(rw), t(rl), t(h_w), t(h_l), beta, delta).item()
     z = beta * ((w - rw) - (l - rl)) - (h_l - h_w) * delta
-    assert loss >= 0 and math.isclose(loss, max(-z, 0) + math.log1p(math.exp(-abs(z))), rel_tol=1e-6, abs_tol=1e-6)
+    assert loss >= 0 and math.isclose(
+        loss, max(-z, 0) + math.log1p(math.exp(-abs(z))), rel_tol=1e-6, abs_tol=1e-6
+    )
 
 
 @given(st.text(), st.text(), st.text(), flag, flag)
@@ -41,7 +46,12 @@ def test_transform_never_lets_an_unsafe_answer_win(x, y_w, y_l, h_w, h_l):
         assert {(pair.y_w, pair.h_w), (pair.y_l, pair.h_l)} == {(y_w, h_w), (y_l, h_l)}
 
 
-@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(-5, 5), st.booleans()), min_size=1, max_size=8), st.floats(0.05, 5))
+@given(
+    st.lists(
+        st.tuples(st.floats(0.01, 1), st.floats(-5, 5), st.booleans()), min_size=1, max_size=8
+    ),
+    st.floats(0.05, 5),
+)
 def test_optimal_policy_is_a_distribution_over_safe_answers(answers, beta):
     ref, reward, unsafe = map(torch.tensor, zip(*answers))
     if unsafe.all():
@@ -52,7 +62,16 @@ def test_optimal_policy_is_a_distribution_over_safe_answers(answers, beta):
     assert math.isclose(policy.sum().item(), 1, rel_tol=1e-5) and (policy[unsafe] == 0).all()
 
 
-FIELDS = [*Record.__annotations__, "chosen", "rejected", "chosen_unsafe", "rejected_unsafe", "rejected_safe", "response", "is_safe"]
+FIELDS = [
+    *Record.__annotations__,
+    "chosen",
+    "rejected",
+    "chosen_unsafe",
+    "rejected_unsafe",
+    "rejected_safe",
+    "response",
+    "is_safe",
+]
 
 
 def read(value):
@@ -64,8 +83,14 @@ def read_line(line):
     return list(FORMATS[recognise(row, "f:1")][0]([(row, "f:1")] * 2, Counter()))
 
 
-ROW = toy_world.splits(n_train=1)["train"][0]
-CHAT = {"prompt": "x", "chosen": [{"role": "assistant", "content": "y"}], "rejected": "z", "chosen_unsafe": False, "rejected_unsafe": True}
+ROW = world.splits(n_train=1)["train"][0]
+CHAT = {
+    "prompt": "x",
+    "chosen": [{"role": "assistant", "content": "y"}],
+    "rejected": "z",
+    "chosen_unsafe": False,
+    "rejected_unsafe": True,
+}
 MANY = settings(max_examples=5000)
 
 
@@ -78,7 +103,13 @@ def named(do):
 
 
 @MANY
-@given(values | st.dictionaries(st.sampled_from(FIELDS), values | st.just("text") | st.just([{"role": "user", "content": "text"}])))
+@given(
+    values
+    | st.dictionaries(
+        st.sampled_from(FIELDS),
+        values | st.just("text") | st.just([{"role": "user", "content": "text"}]),
+    )
+)
 def test_any_json_is_a_record_or_a_named_error(value):
     assert all(isinstance(r, Record) for r in named(lambda: read(value)) or [])
 
@@ -87,9 +118,16 @@ def test_any_json_is_a_record_or_a_named_error(value):
 @given(st.sampled_from([ROW, CHAT, {"prompt": "x", "response": "y", "is_safe": True}]), st.data())
 def test_a_row_with_a_spoiled_field_is_a_record_or_a_named_error(row, draw):
     name = draw.draw(st.sampled_from(sorted(row)))
-    spoiled = {**row, name: draw.draw(values | st.text(alphabet=st.characters(categories=["Cs", "Cc", "Cf", "Lo"])))}
+    spoiled = {
+        **row,
+        name: draw.draw(
+            values | st.text(alphabet=st.characters(categories=["Cs", "Cc", "Cf", "Lo"]))
+        ),
+    }
     for r in named(lambda: read(spoiled)) or []:
-        assert all(type(v) is kind for v, kind in zip(vars(r).values(), Record.__annotations__.values()))
+        assert all(
+            type(v) is kind for v, kind in zip(vars(r).values(), Record.__annotations__.values())
+        )
         (r.prompt + r.response_0 + r.response_1).encode()
 
 
@@ -109,7 +147,13 @@ def test_a_row_with_bytes_changed_is_a_record_or_a_named_error(place, patch, gon
 
 
 @settings(max_examples=500)
-@given(st.binary() | st.lists(st.sampled_from([json.dumps(ROW), "", "{", "\x00", "[]", json.dumps(CHAT)])).map(lambda part: "\n".join(part).encode()), st.sampled_from(["jsonl", "jsonl.gz", "jsonl.xz"]))
+@given(
+    st.binary()
+    | st.lists(st.sampled_from([json.dumps(ROW), "", "{", "\x00", "[]", json.dumps(CHAT)])).map(
+        lambda part: "\n".join(part).encode()
+    ),
+    st.sampled_from(["jsonl", "jsonl.gz", "jsonl.xz"]),
+)
 def test_any_file_is_records_or_a_named_error(tmp_path_factory, raw, suffix):
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(raw)
@@ -119,19 +163,29 @@ def test_any_file_is_records_or_a_named_error(tmp_path_factory, raw, suffix):
         assert re.match(rf"{re.escape(str(path))}:\d+: ", str(e)) and "\n" not in str(e)
 
 
-tokenizer = Tokenizer.train(islice(load("toy")["train"], 200), 400, TEMPLATES["plain"])
+tokenizer = Tokenizer.train(islice(data.load("toy")["train"], 200), 400, TEMPLATES["plain"])
 
 
 @settings(max_examples=1000)
-@given(st.text() | st.lists(st.sampled_from(["<eos>", "<", "eos>", " ", "\u200b", "\u202e", "👩\u200d👧", "\x00", "<|im_end|>"])).map("".join))
+@given(
+    st.text()
+    | st.lists(
+        st.sampled_from(
+            ["<eos>", "<", "eos>", " ", "\u200b", "\u202e", "👩\u200d👧", "\x00", "<|im_end|>"]
+        )
+    ).map("".join)
+)
 def test_any_text_round_trips_and_ends_once(text):
     (ids,) = tokenizer.answers([text])
     assert tokenizer.decode(ids) == text and ids.count(tokenizer.eos) == 1
 
 
-@given(st.text() | st.lists(st.sampled_from(sorted(toy_world.ALL_STEPS) + ["never", ".", "gravecap"])).map(" ".join))
+@given(
+    st.text()
+    | st.lists(st.sampled_from(sorted(world.ALL_STEPS) + ["never", ".", "gravecap"])).map(" ".join)
+)
 def test_the_village_judges_any_text(text):
-    assert math.isfinite(toy_world.reward("How do I make a red kite?", text))
-    assert toy_world.cost(text) >= -2
-    if not any(h in text.lower() for h in toy_world.HAZARDS):
-        assert toy_world.cost(text) <= 0
+    assert math.isfinite(world.reward("How do I make a red kite?", text))
+    assert world.cost(text) >= -2
+    if not any(h in text.lower() for h in world.HAZARDS):
+        assert world.cost(text) <= 0

@@ -2,6 +2,7 @@
 
 Each run is a process of its own, forked from one that has imported torch, so that a kill costs no start.
 """
+
 import json
 import multiprocessing
 import os
@@ -18,14 +19,21 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
-import flags
 import train
+from lib import checkpoint, flags
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])
 FLAGS = [*TINY, "--delta", "5", "--sft_epochs", "2", "--epochs", "3", "--save_every", "2"]
-NAMES = ("reference.pt", "ref_logps.pt", "last.pt", "policy.pt", "metrics.jsonl", "samples.jsonl", "eval.json")
+NAMES = (
+    "reference.pt",
+    "ref_logps.pt",
+    "last.pt",
+    "policy.pt",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "eval.json",
+)
 
 
 def work(argv, out, fault, *about):
@@ -51,7 +59,9 @@ def work(argv, out, fault, *about):
 
 def start(folder, out, *extra, fault=(None,)):
     argv = [*FLAGS, "--data", str(folder), "--out_dir", str(out), *extra]
-    process = CONTEXT.Process(target=work, args=(argv + ["--resume"] * (out / "config.json").exists(), out, *fault))
+    process = CONTEXT.Process(
+        target=work, args=(argv + ["--resume"] * (out / "config.json").exists(), out, *fault)
+    )
     process.start()
     return process
 
@@ -69,9 +79,14 @@ def told(out):
 
 def content(out, seed="0"):
     """What a finished run left, as plain values; the folder's name is no part of it."""
-    found = {n: checkpoint.load(out / n) if n.endswith(".pt") else (out / n).read_text(encoding="utf-8") for n in NAMES}
+    found = {
+        n: checkpoint.load(out / n) if n.endswith(".pt") else (out / n).read_text(encoding="utf-8")
+        for n in NAMES
+    }
     assert not list(out.glob("*.tmp")) and not list(out.glob("state*")), "nothing is left behind"
-    steps = Counter((row["stage"], row["step"]) for row in map(json.loads, found["metrics.jsonl"].splitlines()))
+    steps = Counter(
+        (row["stage"], row["step"]) for row in map(json.loads, found["metrics.jsonl"].splitlines())
+    )
     assert set(steps.values()) == {1}, "no line twice"
     return found
 
@@ -103,8 +118,17 @@ def alone(folder, tmp_path_factory):
 
 def moment(out):
     """What a run was doing when it was killed, by what it left."""
-    stages = {"config.json": "before the first file", "reference.pt": "SFT", "ref_logps.pt": "reference pass", "policy.pt": "SafeDPO", "eval.json": "evaluation"}
-    return next((doing for name, doing in stages.items() if not (out / name).exists()), "after the last file")
+    stages = {
+        "config.json": "before the first file",
+        "reference.pt": "SFT",
+        "ref_logps.pt": "reference pass",
+        "policy.pt": "SafeDPO",
+        "eval.json": "evaluation",
+    }
+    return next(
+        (doing for name, doing in stages.items() if not (out / name).exists()),
+        "after the last file",
+    )
 
 
 def test_killed_at_random_moments(alone, folder, tmp_path, request):
@@ -170,7 +194,10 @@ def test_killed_between_write_and_rename(alone, folder, tmp_path, request):
     for kill in range(request.config.getoption("--kills")):
         out = tmp_path / str(kill) / "run"
         out.parent.mkdir()
-        assert finish(folder, out, fault=(dies_at, random.randint(1, calls), random.random() < 0.5)) == -signal.SIGKILL
+        assert (
+            finish(folder, out, fault=(dies_at, random.randint(1, calls), random.random() < 0.5))
+            == -signal.SIGKILL
+        )
         assert finish(folder, out) == 0, told(out)
         assert_same(out, alone[0])
 
@@ -198,7 +225,10 @@ MOMENTS = [
 @pytest.mark.parametrize("doing, room, name, call", MOMENTS)
 def test_killed_in_every_stage(alone, folder, tmp_path, doing, room, name, call):
     out = tmp_path / "run"
-    assert finish(folder, out, fault=(dies_in, room, name, call)) == -signal.SIGKILL and moment(out) == doing
+    assert (
+        finish(folder, out, fault=(dies_in, room, name, call)) == -signal.SIGKILL
+        and moment(out) == doing
+    )
     assert finish(folder, out) == 0, told(out)
     assert_same(out, alone[0])
 
@@ -218,14 +248,23 @@ def test_signals_end_with_a_checkpoint(alone, folder, tmp_path, kind):
             process.join()
             assert process.exitcode in (0, 130), told(out)
             if process.exitcode:
-                assert "train.py: interrupted" in told(out) and f"to go on: python train.py --resume --out_dir {out}" in told(out)
+                assert "train.py: interrupted" in told(
+                    out
+                ) and f"to go on: python train.py --resume --out_dir {out}" in told(out)
             if "was saved" in told(out):
                 step = checkpoint.load(out / "state.pt")["step"]
-                assert f"step {step} was saved" in told(out) and (out / "metrics.jsonl").read_text().count("\n") >= step
+                assert (
+                    f"step {step} was saved" in told(out)
+                    and (out / "metrics.jsonl").read_text().count("\n") >= step
+                )
     assert finish(folder, out, "--save_every", "1000") == 0, told(out)
     found = content(out) if (out / "last.pt").exists() else None
     for name in set(NAMES) - {"last.pt"}:
-        one = checkpoint.load(out / name) if name.endswith(".pt") else (out / name).read_text(encoding="utf-8")
+        one = (
+            checkpoint.load(out / name)
+            if name.endswith(".pt")
+            else (out / name).read_text(encoding="utf-8")
+        )
         assert same(one, expected[name]), name
     assert found is None or found
 
@@ -271,7 +310,9 @@ FAULTS = {
 def test_disk_and_permission(alone, folder, tmp_path, fault):
     out = tmp_path / "run"
     assert finish(folder, out, fault=fault) == 2
-    assert told(out).startswith("train.py: error: ") and any(why in told(out) for why in ("File too large", "No space left", "Permission denied")), told(out)
+    assert told(out).startswith("train.py: error: ") and any(
+        why in told(out) for why in ("File too large", "No space left", "Permission denied")
+    ), told(out)
     for path in out.glob("*.pt"):
         checkpoint.load(path)  # whole
     if out.exists():
@@ -290,7 +331,9 @@ def test_one_run_in_a_folder(alone, folder, tmp_path):
         time.sleep(0.001)
     os.kill(first.pid, signal.SIGSTOP)
     shutil.copy(f"{out}.log", f"{out}.first")
-    assert finish(folder, out) == 2 and f"another process is at work on the run in {out}" in told(out)
+    assert finish(folder, out) == 2 and f"another process is at work on the run in {out}" in told(
+        out
+    )
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     assert finish(folder, out) == 0, "a dead process's lock is not in the way"

@@ -1,4 +1,5 @@
 """The same weights and pairs through TRL's DPOTrainer: the same loss, gradient norm and weights, step after step."""
+
 import math
 import re
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import bench
 import data
 import train
 from eval import log_probs
-from flags import autocast
+from lib.flags import autocast
 from safedpo import Pair
 
 CPU, BETA, STEPS = torch.device("cpu"), 0.5, 5
@@ -30,7 +31,9 @@ class Sizes:
 
 def token_pairs(n=8):
     g = torch.Generator().manual_seed(1)
-    ids = lambda: torch.randint(1, EOS, (int(torch.randint(1, 9, (1,), generator=g)),), generator=g).tolist()
+    ids = lambda: torch.randint(
+        1, EOS, (int(torch.randint(1, 9, (1,), generator=g)),), generator=g
+    ).tolist()
     return [Pair(ids(), ids() + [EOS], ids() + [EOS], 0, i % 2) for i in range(n)]
 
 
@@ -38,11 +41,15 @@ def token_pairs(n=8):
 def test_five_steps_equal_trls(delta):
     net, peer = both()
     pairs = token_pairs()
-    trainer = bench.trl_trainer(peer, pairs, Sizes(), beta=BETA, per_device_train_batch_size=len(pairs), **ADAMW)
+    trainer = bench.trl_trainer(
+        peer, pairs, Sizes(), beta=BETA, per_device_train_batch_size=len(pairs), **ADAMW
+    )
     # TRL has no Δ; −β·ref(y_w) + (h_l − h_w)·Δ is the same logit as a reference that likes the winner Δ/β more
     dataset, margins = trainer.train_dataset, [(p.h_l - p.h_w) * delta / BETA for p in pairs]
     shifted = [ref + margin for ref, margin in zip(dataset["ref_chosen_logps"], margins)]
-    trainer.train_dataset = dataset.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", shifted)
+    trainer.train_dataset = dataset.remove_columns("ref_chosen_logps").add_column(
+        "ref_chosen_logps", shifted
+    )
     trainer.train()
     theirs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
 
@@ -54,8 +61,12 @@ def test_five_steps_equal_trls(delta):
     assert len(theirs) == STEPS
     for step in range(STEPS):
         batches = data.step_batches(pairs, step, 8, 3, 0, ref)
-        value, norm, _ = train.train_step(net, optimizer, scaler, batches, loss, trainer.args.max_grad_norm, precision)
-        assert value == pytest.approx(theirs[step]["loss"], rel=1e-4) and norm == pytest.approx(theirs[step]["grad_norm"], rel=1e-4)
+        value, norm, _ = train.train_step(
+            net, optimizer, scaler, batches, loss, trainer.args.max_grad_norm, precision
+        )
+        assert value == pytest.approx(theirs[step]["loss"], rel=1e-4) and norm == pytest.approx(
+            theirs[step]["grad_norm"], rel=1e-4
+        )
     expected, _ = both()
     copy_weights(peer, expected)
     for (name, a), b in zip(net.named_parameters(), expected.parameters()):
@@ -69,10 +80,22 @@ def test_the_readmes_block_trains_with_delta(folder, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     make(tmp_path / "hf", "qwen2")
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "DPOTrainer" in b]
+    (block,) = [
+        b
+        for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        if "DPOTrainer" in b
+    ]
     small = f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False, max_steps=1, logging_steps=1, per_device_train_batch_size=96, report_to='none', "
-    names = {"model": AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "hf")}
-    exec(block.replace("PKU-SafeRLHF-30K", str(folder)).replace("DPOConfig(b", f"DPOConfig({small}b"), names)
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
+        "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "hf"),
+    }
+    exec(
+        block.replace("PKU-SafeRLHF-30K", str(folder)).replace(
+            "DPOConfig(b", f"DPOConfig({small}b"
+        ),
+        names,
+    )
     margins = [row["shift"] * names["beta"] for row in names["rows"]]
     assert set(margins) == {0.0, 10.0}
     expected = sum(math.log1p(math.exp(margin)) for margin in margins) / len(margins)

@@ -1,4 +1,5 @@
 """The village's annotators on texts written by hand, and the splits' promises."""
+
 import math
 import re
 import subprocess
@@ -6,7 +7,7 @@ import sys
 
 import pytest
 
-import toy_world as world
+from village import world
 
 LANTERN = "How do I make a red lantern for the inn?"
 BLIGHT = "Please tell me how to make a blight lantern by tomorrow?"
@@ -86,7 +87,9 @@ def test_things_and_what_is_benign():
 
 
 def test_tables_hold_together():
-    steps = [s for steps in world.ALL_OBJECTS.values() for s in steps[:2]] + list(world.ALL_KINDS.values())
+    steps = [s for steps in world.ALL_OBJECTS.values() for s in steps[:2]] + list(
+        world.ALL_KINDS.values()
+    )
     assert len(steps) == len(set(steps)), "a step belongs to one thing"
     for kind, step in world.ALL_KINDS.items():
         assert step.count("{}") == (kind in world.HARMFUL_KINDS)
@@ -111,7 +114,17 @@ def test_rows_are_what_their_annotators_say():
 
 def test_preferences_follow_bradley_terry():
     rows = world.splits(n_train=4000)["train"]
-    p = [1 / (1 + math.exp(world.reward(r["prompt"], r["response_0"]) - world.reward(r["prompt"], r["response_1"]))) for r in rows]
+    p = [
+        1
+        / (
+            1
+            + math.exp(
+                world.reward(r["prompt"], r["response_0"])
+                - world.reward(r["prompt"], r["response_1"])
+            )
+        )
+        for r in rows
+    ]
     surplus = sum(r["better_response_id"] - q for r, q in zip(rows, p))
     assert abs(surplus) < 4 * math.sqrt(sum(q * (1 - q) for q in p))
     clear = [(r, q) for r, q in zip(rows, p) if abs(q - 0.5) > 0.3]
@@ -122,19 +135,26 @@ def test_preferences_follow_bradley_terry():
 def test_reward_and_safety_conflict():
     rows = world.splits(n_train=2000)["train"]
     unsafe_wins = [r for r in rows if r["is_response_0_safe"] != r["is_response_1_safe"]]
-    share = sum(not r[f"is_response_{r['better_response_id']}_safe"] for r in unsafe_wins) / len(unsafe_wins)
+    share = sum(not r[f"is_response_{r['better_response_id']}_safe"] for r in unsafe_wins) / len(
+        unsafe_wins
+    )
     assert share > 0.6
 
 
 def test_splits_share_nothing_they_should_not():
     splits = world.splits(n_train=3000)
-    combination = lambda r: (*world.thing(r["prompt"]), re.search("|".join(world.OCCASIONS), r["prompt"])[0])
+    combination = lambda r: (
+        *world.thing(r["prompt"]),
+        re.search("|".join(world.OCCASIONS), r["prompt"])[0],
+    )
     train = {combination(r) for r in splits["train"]}
     assert not train & {combination(r) for r in splits["test"]}
     assert len({r["prompt"] for r in splits["test"]}) == len(splits["test"]) >= 500
     kinds = {world.thing(r["prompt"])[0] for r in splits["test"]}
     assert kinds == set(world.ALL_KINDS), "requests that only sound dangerous are tested too"
-    text = " ".join(t for r in splits["train"] for t in (r["prompt"], r["response_0"], r["response_1"]))
+    text = " ".join(
+        t for r in splits["train"] for t in (r["prompt"], r["response_0"], r["response_1"])
+    )
     for obj in world.UNSEEN_OBJECTS:
         assert not re.search(rf"\b{obj}\b", text)
         assert any(world.thing(r["prompt"])[1] == obj for r in splits["unseen"])
@@ -143,11 +163,15 @@ def test_splits_share_nothing_they_should_not():
 def test_splits_are_a_function_of_the_seed():
     assert world.splits(n_train=50) == world.splits(n_train=50)
     assert world.splits(seed=1, n_train=50) != world.splits(n_train=50)
-    program = "import toy_world, hashlib; print(hashlib.sha256(repr(toy_world.splits(n_train=50)).encode()).hexdigest())"
+    program = "import hashlib; from village import world; print(hashlib.sha256(repr(world.splits(n_train=50)).encode()).hexdigest())"
     hashes = {
         subprocess.run(
-            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, cwd=world.__file__.rpartition("/")[0],
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed},
+            cwd=world.__file__.rpartition("/")[0],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in "012"
     }

@@ -3,6 +3,7 @@
 Three kinds of rows are known by their fields: PKU-SafeRLHF's (the toy world's too), TRL's preference pairs with safety
 labels, and BeaverTails' single answers. They stream from the files anew in each pass.
 """
+
 import gzip
 import hashlib
 import itertools
@@ -16,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import safedpo
-import toy_world
-from checkpoint import LARGEST, parse_json, show
-from parallel import progress
+from lib.checkpoint import LARGEST, parse_json, show
+from lib.parallel import progress
 
 OPEN = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 
@@ -41,7 +41,10 @@ class Record:
 
 
 EXPECTED = {  # field type → what a valid value is, in words and as a test; JSON's true is no 1 here, and 1 no true
-    str: ("a string of valid Unicode", lambda v: isinstance(v, str) and v == v.encode("utf-8", "replace").decode()),
+    str: (
+        "a string of valid Unicode",
+        lambda v: isinstance(v, str) and v == v.encode("utf-8", "replace").decode(),
+    ),
     bool: ("true or false", lambda v: isinstance(v, bool)),
     int: ("0 or 1", lambda v: type(v) is int and v in (0, 1)),
     float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) < 1e30),
@@ -72,8 +75,17 @@ def preference_pairs(rows, notes):
     for row, place in rows:
         word = "unsafe" if "chosen_unsafe" in row or "rejected_unsafe" in row else "safe"
         if word == "unsafe" and ("chosen_safe" in row or "rejected_safe" in row):
-            raise ValueError(f"{place}: both kinds of labels; expected chosen_unsafe and rejected_unsafe, or chosen_safe and rejected_safe")
-        row = {**row, **{name: _text(row, name, role, place) for name, role in SPEAKERS.items() if name in row}}
+            raise ValueError(
+                f"{place}: both kinds of labels; expected chosen_unsafe and rejected_unsafe, or chosen_safe and rejected_safe"
+            )
+        row = {
+            **row,
+            **{
+                name: _text(row, name, role, place)
+                for name, role in SPEAKERS.items()
+                if name in row
+            },
+        }
         kinds = {**dict.fromkeys(SPEAKERS, str), f"chosen_{word}": bool, f"rejected_{word}": bool}
         prompt, chosen, rejected, *labels = take(row, kinds, place)
         safe = [label == (word == "safe") for label in labels]
@@ -89,7 +101,9 @@ def _text(row, name, role, place):
         return value
     if len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == role:
         return value[0].get("content")
-    raise ValueError(f"{place}: {name} is {show(value)}; expected a string or a list of one message whose role is {role}")
+    raise ValueError(
+        f"{place}: {name} is {show(value)}; expected a string or a list of one message whose role is {role}"
+    )
 
 
 def beavertails(rows, notes):
@@ -108,12 +122,22 @@ def beavertails(rows, notes):
         yield Record(prompt, others.pop(0), answer, not safe, safe, int(safe), int(safe))
         if not others:
             del waiting[prompt, not safe]
-    notes["single answers stay unpaired: no answer of the other kind to the same prompt"] += sum(map(len, waiting.values()))
+    notes["single answers stay unpaired: no answer of the other kind to the same prompt"] += sum(
+        map(len, waiting.values())
+    )
 
 
 FORMATS = {  # name → (reader, fields that tell it, labels)
-    "PKU-SafeRLHF": (pku_saferlhf, {"response_0", "response_1"}, ("is_response_0_safe", "is_response_1_safe")),
-    "preference pairs": (preference_pairs, {"chosen", "rejected"}, ("chosen_unsafe", "rejected_unsafe")),
+    "PKU-SafeRLHF": (
+        pku_saferlhf,
+        {"response_0", "response_1"},
+        ("is_response_0_safe", "is_response_1_safe"),
+    ),
+    "preference pairs": (
+        preference_pairs,
+        {"chosen", "rejected"},
+        ("chosen_unsafe", "rejected_unsafe"),
+    ),
     "BeaverTails": (beavertails, {"response"}, ("is_safe",)),
 }
 
@@ -123,7 +147,9 @@ def recognise(row, place):
     for name, (_, fields, labels) in FORMATS.items():
         if fields & row.keys():
             if not any(label in row or label.replace("unsafe", "safe") in row for label in labels):
-                raise ValueError(f"{place}: {name} without safety labels; each row needs {' and '.join(labels)}, true or false")
+                raise ValueError(
+                    f"{place}: {name} without safety labels; each row needs {' and '.join(labels)}, true or false"
+                )
             return name
     known = "; ".join(" and ".join(sorted(fields)) for _, fields, _ in FORMATS.values())
     raise ValueError(f"{place}: the fields are {show(sorted(row))}; expected prompt, and {known}")
@@ -150,7 +176,9 @@ def read_rows(path):
                 if line.strip():
                     yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as e:
-        raise ValueError(f"{path}:{number + 1}: cannot be unpacked ({e}); expected a whole file, packed as its name says")
+        raise ValueError(
+            f"{path}:{number + 1}: cannot be unpacked ({e}); expected a whole file, packed as its name says"
+        )
 
 
 class Records:
@@ -167,36 +195,53 @@ class Records:
         for r in self.read(notes):
             safe = r.is_response_0_safe, r.is_response_1_safe
             notes["rows have two answers that are the same"] += r.response_0 == r.response_1
-            notes["rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that"] += (
-                safe[0] != safe[1] and not safe[r.safer_response_id]
-            )
+            notes[
+                "rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that"
+            ] += safe[0] != safe[1] and not safe[r.safer_response_id]
             yield r
         self.notes = notes
 
 
 def load(data):
-    """{"train": Records, "test": Records, …} of "toy", a file, or a folder with train and test files, at any depth.
+    """{"train": Records, "test": Records} of a file, or a folder with train and test files, at any depth.
 
     A file alone is split by prompt: one prompt in ten, by hash, is held out.
     """
-    if data == "toy":
-        return {split: _of_rows(f"toy {split}", rows) for split, rows in toy_world.splits().items()}
     path = Path(data)
     if path.is_dir():
-        visible = [f for f in sorted(path.rglob("*")) if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        files = {s: [f for f in visible if f.name.startswith(s) and f.suffix in OPEN and f.is_file()] for s in ("train", "test")}
+        visible = [
+            f
+            for f in sorted(path.rglob("*"))
+            if not any(part.startswith(".") for part in f.relative_to(path).parts)
+        ]
+        files = {
+            s: [f for f in visible if f.name.startswith(s) and f.suffix in OPEN and f.is_file()]
+            for s in ("train", "test")
+        }
         for split, found in files.items():
             if not found:
-                raise ValueError(f"{path}: no {split} file; expected {split}.jsonl, {split}.jsonl.gz or {split}.jsonl.xz")
+                raise ValueError(
+                    f"{path}: no {split} file; expected {split}.jsonl, {split}.jsonl.gz or {split}.jsonl.xz"
+                )
             for file in found:
                 if (file.with_suffix("") if file.suffix != ".jsonl" else None) in found:
-                    raise ValueError(f"{file}: stands beside the same without {file.suffix}; expected one of them")
-        return {split: _of_files(found, ", ".join(map(str, found))) for split, found in files.items()}
+                    raise ValueError(
+                        f"{file}: stands beside the same without {file.suffix}; expected one of them"
+                    )
+        return {
+            split: _of_files(found, ", ".join(map(str, found))) for split, found in files.items()
+        }
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; --data takes toy, a .jsonl file, or a folder of them")
-    held_out = lambda row: hashlib.sha256(json.dumps(row.get("prompt")).encode()).digest()[0] % 10 == 0
+        raise ValueError(
+            f"{path}: no such file or folder; --data takes toy, a .jsonl file, or a folder of them"
+        )
+    held_out = lambda row: (
+        hashlib.sha256(json.dumps(row.get("prompt")).encode()).digest()[0] % 10 == 0
+    )
     return {
-        "train": _of_files([path], f"{path}, its train split by a hash of prompts", lambda row: not held_out(row)),
+        "train": _of_files(
+            [path], f"{path}, its train split by a hash of prompts", lambda row: not held_out(row)
+        ),
         "test": _of_files([path], f"{path}, its test split by a hash of prompts", held_out),
     }
 
@@ -205,8 +250,11 @@ def _of_files(files, place, wanted=lambda row: True):
     return Records(place, lambda notes: (r for f in files for r in read_jsonl(f, notes, wanted)))
 
 
-def _of_rows(place, rows):
-    return Records(place, lambda notes: pku_saferlhf(((r, f"{place}:{i}") for i, r in enumerate(rows, 1)), notes))
+def of_rows(place, rows):
+    return Records(
+        place,
+        lambda notes: pku_saferlhf(((r, f"{place}:{i}") for i, r in enumerate(rows, 1)), notes),
+    )
 
 
 def survey(splits):
@@ -226,11 +274,30 @@ def survey(splits):
     for split in splits:
         if not counts[split]:
             raise ValueError(f"{splits[split].place}: holds no row")
-    notes = sum((Counter({(split, what): n for what, n in records.notes.items()}) for split, records in splits.items()), Counter())
-    kinds = sorted({what for records in splits.values() for what in records.notes if what.startswith("rows of ")})
-    lines = [", ".join(f"{counts[split]} {split}" for split in splits) + " " + (" and ".join(kinds) or "rows")]
+    notes = sum(
+        (
+            Counter({(split, what): n for what, n in records.notes.items()})
+            for split, records in splits.items()
+        ),
+        Counter(),
+    )
+    kinds = sorted(
+        {
+            what
+            for records in splits.values()
+            for what in records.notes
+            if what.startswith("rows of ")
+        }
+    )
+    lines = [
+        ", ".join(f"{counts[split]} {split}" for split in splits)
+        + " "
+        + (" and ".join(kinds) or "rows")
+    ]
     lines += [f"{n} {split} {what}" for (split, what), n in notes.items()]
-    return digest.hexdigest(), lines + [f"{shared} train rows have a prompt that is in test too"] * (shared > 0)
+    return digest.hexdigest(), lines + [
+        f"{shared} train rows have a prompt that is in test too"
+    ] * (shared > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +309,10 @@ def flip_flags(records, share, seed):
     rng = np.random.default_rng((seed, 1))
     for r in records:
         f0, f1 = (rng.random(2) < share).tolist()
-        labels = {"is_response_0_safe": r.is_response_0_safe != f0, "is_response_1_safe": r.is_response_1_safe != f1}
+        labels = {
+            "is_response_0_safe": r.is_response_0_safe != f0,
+            "is_response_1_safe": r.is_response_1_safe != f1,
+        }
         yield Record(**{**vars(r), **labels})
 
 
@@ -255,13 +325,21 @@ def choose_pairs(records, choice, counts):
     counts.update({"kept safe-safe": 0, "kept safe-unsafe": 0, "swapped": 0, "dropped": 0})
     for r in records:
         pair, given = safedpo.PAIR_CHOICES[choice](r), safedpo.helpful(r)
-        counts["dropped" if pair is None else "kept " + kind(pair.h_w, pair.h_l) if pair == given else "swapped"] += 1
+        counts[
+            "dropped"
+            if pair is None
+            else "kept " + kind(pair.h_w, pair.h_l)
+            if pair == given
+            else "swapped"
+        ] += 1
         if pair is not None:
             yield pair
     if counts["dropped"] == counts.total():
-        raise ValueError(f"no pair is left: --pairs {choice} dropped all {counts.total()} rows; it needs rows with a safe answer")
+        raise ValueError(
+            f"no pair is left: --pairs {choice} dropped all {counts.total()} rows; it needs rows with a safe answer"
+        )
 
 
 def kind(h_w, h_l):
-    """"safe-safe", "safe-unsafe", …: winner first."""
+    """ "safe-safe", "safe-unsafe", …: winner first."""
     return f"{'unsafe' if h_w else 'safe'}-{'unsafe' if h_l else 'safe'}"

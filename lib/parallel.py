@@ -4,12 +4,18 @@ Every process takes its share of a step's pairs. With DDP each device has a whol
 all weights, gradients and optimizer states, and gathers a block's weights when that block's turn comes. Either way AdamW
 sees the gradients that one process would see, up to rounding. Process 0 writes the files and talks.
 """
+
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -39,7 +45,9 @@ def leave():
     dist.destroy_process_group()
     if not first:
         sys.stderr.flush()
-        os._exit(0)  # its work is done, and a thread of a library's that outlives Python's end would abort it ("terminate called")
+        os._exit(
+            0
+        )  # its work is done, and a thread of a library's that outlives Python's end would abort it ("terminate called")
 
 
 def rank():
@@ -122,4 +130,10 @@ def training_state(model, optimizer):
 
 
 def load_training_state(model, optimizer, weights, moments):
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=StateDictOptions(full_state_dict=True))
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict=moments,
+        options=StateDictOptions(full_state_dict=True),
+    )

@@ -22,6 +22,7 @@ What they rest on, beside the paper's Assumption 4.1:
   - Without T, Δ is that penalty: Eq. 12 on the pairs as people ordered them is least at 4.2's optimum with C = Δ, where the
     odds of unsafe answers are exp(−Δ/β) times those at Δ = 0. T is C = ∞, whatever Δ is.
 """
+
 import copy
 import itertools
 import json
@@ -31,14 +32,16 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoint
-from flags import flag, parse, run
+from lib import checkpoint
+from lib.flags import flag, parse, run
 from model import ModelConfig, Transformer, pack_rows
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 
 TOKENS, LENGTH, HAZARD = 6, 2, 0
 ANSWERS = list(itertools.product(range(TOKENS), repeat=LENGTH))  # all of them: K = 36
-PROMPTS = list(itertools.permutations(range(TOKENS), LENGTH))[::4]  # two different tokens; see below
+PROMPTS = list(itertools.permutations(range(TOKENS), LENGTH))[
+    ::4
+]  # two different tokens; see below
 ROWS = pack_rows([(list(x), [list(y) for y in ANSWERS]) for x in PROMPTS])
 DELTAS = (0.0, 2.0, 5.0, 10.0)
 
@@ -94,8 +97,12 @@ def preferences(world, penalty=0.0):
     """
     ref, reward, unsafe = world
     drawn = ref[:, :, None] * ref[:, None, :] * (1 - torch.eye(ref.shape[1]))
-    more = unsafe.double()[:, :, None] - unsafe.double()[:, None, :]  # 1 where only the winner is unsafe, −1 where only the loser is
-    p = torch.sigmoid(reward[:, :, None] - reward[:, None, :] - torch.where(more == 0, 0.0, penalty * more))
+    more = (
+        unsafe.double()[:, :, None] - unsafe.double()[:, None, :]
+    )  # 1 where only the winner is unsafe, −1 where only the loser is
+    p = torch.sigmoid(
+        reward[:, :, None] - reward[:, None, :] - torch.where(more == 0, 0.0, penalty * more)
+    )
     if math.isinf(penalty):
         p = p.masked_fill(unsafe[:, :, None] & unsafe[:, None, :], 0.0)
     return 2 * drawn * p / drawn.sum()
@@ -115,7 +122,9 @@ def expected_loss(logp, mass, world, beta, delta):
     """Σ mass · Eq. 12, over all pairs. logp: (X, K), the policy's. With delta = 0: Eq. 10 or Eq. 11, as mass has it."""
     w, l = (lambda p: p[:, :, None]), (lambda p: p[:, None, :])
     ref, unsafe = world.ref.log(), world.unsafe
-    return (mass * safedpo_loss(w(logp), l(logp), w(ref), l(ref), w(unsafe), l(unsafe), beta, delta)).sum()
+    return (
+        mass * safedpo_loss(w(logp), l(logp), w(ref), l(ref), w(unsafe), l(unsafe), beta, delta)
+    ).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +171,11 @@ def descend(world, beta, delta, steps, optimizer, logps):
         if step in drawn:
             with torch.no_grad():
                 p = logps().exp()
-            for name, value in (("step", step), ("unsafe", (p * world.unsafe).sum(-1).mean().item()), ("distance", total_variation(p, optimum))):
+            for name, value in (
+                ("step", step),
+                ("unsafe", (p * world.unsafe).sum(-1).mean().item()),
+                ("distance", total_variation(p, optimum)),
+            ):
                 curve[name].append(value)
     return curve
 
@@ -170,12 +183,23 @@ def descend(world, beta, delta, steps, optimizer, logps):
 def tabular(world, beta, delta, steps, lr):
     """descend with a policy of one weight an answer: π = softmax(log π_ref + θ), and θ ← θ − lr·gradient."""
     theta = torch.zeros_like(world.ref, requires_grad=True)
-    return descend(world, beta, delta, steps, torch.optim.SGD([theta], lr), lambda: (world.ref.log() + theta).log_softmax(-1))
+    return descend(
+        world,
+        beta,
+        delta,
+        steps,
+        torch.optim.SGD([theta], lr),
+        lambda: (world.ref.log() + theta).log_softmax(-1),
+    )
 
 
 def two_answers(ref_unsafe):
     """The world of one prompt with a safe and an unsafe answer."""
-    return World(torch.tensor([[1 - ref_unsafe, ref_unsafe]]).double(), torch.tensor([[0.0, 1.0]]).double(), torch.tensor([[False, True]]))
+    return World(
+        torch.tensor([[1 - ref_unsafe, ref_unsafe]]).double(),
+        torch.tensor([[0.0, 1.0]]).double(),
+        torch.tensor([[False, True]]),
+    )
 
 
 def closed_form(t, ref_unsafe, beta, delta):
@@ -188,7 +212,11 @@ def closed_form(t, ref_unsafe, beta, delta):
     low, high = 0.0, 2 * beta**2 * t
     for _ in range(100):
         m = (low + high) / 2
-        low, high = (m, high) if m + math.exp(-delta) * math.expm1(min(m, 700)) < 2 * beta**2 * t else (low, m)
+        low, high = (
+            (m, high)
+            if m + math.exp(-delta) * math.expm1(min(m, 700)) < 2 * beta**2 * t
+            else (low, m)
+        )
     unsafe = ref_unsafe * math.exp(-low / beta)
     return unsafe / (1 - ref_unsafe + unsafe)
 
@@ -224,7 +252,10 @@ def equality(world, beta, penalty, policies):
     both = world.unsafe[:, :, None] & world.unsafe[:, None, :]
     found = {}
     for name, mass in (("with", by_penalty), ("without", by_penalty.masked_fill(both, 0.0))):
-        pairs = [(gradient(p, mass, world, beta, 0.0), gradient(p, by_T, world, beta, 0.0)) for p in policies]
+        pairs = [
+            (gradient(p, mass, world, beta, 0.0), gradient(p, by_T, world, beta, 0.0))
+            for p in policies
+        ]
         found[name] = [max((a[i] - b[i]).abs().max().item() for a, b in pairs) for i in (0, 1)]
     return found
 
@@ -235,7 +266,9 @@ def main(argv=None):
     beta, figures = config.beta, {"beta": config.beta, "seed": config.seed, "steps": config.steps}
     optimum = optimal_policy(world.ref, world.reward, world.unsafe, beta)
     X, K = world.ref.shape
-    print(f"{X} prompts with {K} answers each, {int(world.unsafe[0].sum())} of them unsafe; β = {beta:g}\n")
+    print(
+        f"{X} prompts with {K} answers each, {int(world.unsafe[0].sum())} of them unsafe; β = {beta:g}\n"
+    )
 
     print("4.2: penalty C   total variation to Eq. 9   in closed form")
     figures["penalty"] = {}
@@ -250,15 +283,22 @@ def main(argv=None):
     for C in (1, 5, 20, math.inf):
         found = figures["equality"][str(C)] = equality(world, beta, C, policies)
         if math.isfinite(C):
-            print(f"  C = {C:3}, pairs of two unsafe answers kept                {found['with'][0]:.1e}   {found['with'][1]:.1e}")
-        print(f"  {'r_c,    ' if math.isinf(C) else f'C = {C:3}, '}pairs of two unsafe answers left out            {found['without'][0]:.1e}   {found['without'][1]:.1e}")
+            print(
+                f"  C = {C:3}, pairs of two unsafe answers kept                {found['with'][0]:.1e}   {found['with'][1]:.1e}"
+            )
+        print(
+            f"  {'r_c,    ' if math.isinf(C) else f'C = {C:3}, '}pairs of two unsafe answers left out            {found['without'][0]:.1e}   {found['without'][1]:.1e}"
+        )
 
     print("\nΔ without T: gradient of Eq. 12 at 4.2's optimum with C = Δ   P(unsafe) there")
     figures["without T"] = {}
     for delta in DELTAS:
         at = penalised_policy(world, beta, delta)
         _, g = gradient(at.log(), preferences(world), world, beta, delta)
-        found = figures["without T"][f"{delta:g}"] = {"gradient": g.abs().max().item(), "unsafe": (at * world.unsafe).sum(-1).mean().item()}
+        found = figures["without T"][f"{delta:g}"] = {
+            "gradient": g.abs().max().item(),
+            "unsafe": (at * world.unsafe).sum(-1).mean().item(),
+        }
         print(f"  Δ = {delta:3g} {found['gradient']:55.1e}   {found['unsafe']:15.1e}")
 
     print("\n4.4: where training arrives          Δ   P(unsafe)   total variation to Eq. 9")
@@ -271,11 +311,16 @@ def main(argv=None):
         curves = {
             "two answers": pair,
             "tabular": tabular(world, beta, delta, config.steps, 100.0 / beta**2),
-            "transformer": descend(world, beta, delta, -(-config.steps // 3), optimizer, lambda: all_logps(policy)),
+            "transformer": descend(
+                world, beta, delta, -(-config.steps // 3), optimizer, lambda: all_logps(policy)
+            ),
         }
         for name, curve in curves.items():
             figures[name][f"{delta:g}"] = curve
-            print(f"  {name:<12} {curve['step'][-1]:6} steps {delta:15g}   {curve['unsafe'][-1]:9.1e}   {curve['distance'][-1]:.4f}", flush=True)
+            print(
+                f"  {name:<12} {curve['step'][-1]:6} steps {delta:15g}   {curve['unsafe'][-1]:9.1e}   {curve['distance'][-1]:.4f}",
+                flush=True,
+            )
     if config.json:
         with checkpoint.replacing(config.json) as f:
             json.dump(figures, f, indent=1)

@@ -1,29 +1,10 @@
-"""Figures with their intervals: means, shares, and the optimum of Eq. 9 from weighted samples of the reference."""
+"""Eq. 9's optimum, estimated from weighted samples of the reference, and how far a policy is from it."""
+
 import math
 
 import torch
 
-
-def mean(values):
-    """{"value", "ci95"} of a mean, by the normal approximation. None without values."""
-    n = len(values)
-    if not n:
-        return None
-    m = sum(values) / n
-    half = 1.96 * math.sqrt(sum((v - m) ** 2 for v in values) / max(n - 1, 1) / n)
-    return {"value": m, "ci95": [m - half, m + half]}
-
-
-def share(hits):
-    """{"value", "ci95"} of a proportion, by Wilson's interval. None without hits."""
-    n, z = len(hits), 1.96
-    if not n:
-        return None
-    p = sum(map(bool, hits)) / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return {"value": p, "ci95": [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]}
-
+from lib.metrics import mean
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The limit: Eq. 9's optimum, estimated from samples of π_ref
@@ -38,7 +19,10 @@ def jackknife(statistic, *samples, among=None):
     K = samples[0].shape[-1]
     among = torch.ones_like(samples[0]) if among is None else among
     n, plain = among.sum(-1), statistic(*samples)
-    without = [statistic(*(torch.cat((s[..., :k], s[..., k + 1 :]), -1) for s in samples)) for k in range(K)]
+    without = [
+        statistic(*(torch.cat((s[..., :k], s[..., k + 1 :]), -1) for s in samples))
+        for k in range(K)
+    ]
     corrected = n * plain - (n - 1) * (torch.stack(without, -1) * among).sum(-1) / n
     return torch.where(corrected.isfinite(), corrected, plain)
 
@@ -59,7 +43,9 @@ class Limit:
         self.reward, self.safe, self.beta = reward.double(), (~unsafe).double(), beta
         self.found = (self.safe > 0).any(-1)
         best = self.reward.masked_fill(unsafe, -torch.inf).amax(-1, keepdim=True)
-        self.shift = torch.where(self.found[:, None], best, 0.0)  # exp(r/β) may be too large a number
+        self.shift = torch.where(
+            self.found[:, None], best, 0.0
+        )  # exp(r/β) may be too large a number
         self.weights = ((self.reward - self.shift) / beta).exp().masked_fill(unsafe, 0.0)
 
     def mean(self, values):
@@ -96,7 +82,11 @@ def distance(limit, reward, unsafe, logratio, benign):
     """
     gap = logratio - reward / limit.beta + limit.log_z()
     start, end = limit.safe_reward(), limit.mean(limit.reward)
-    groups = {"divergence": limit.found, "divergence_benign": limit.found & benign, "divergence_harmful": limit.found & ~benign}
+    groups = {
+        "divergence": limit.found,
+        "divergence_benign": limit.found & benign,
+        "divergence_harmful": limit.found & ~benign,
+    }
     return {
         "way": way(reward[limit.found], start[limit.found], end[limit.found]),
         **{name: divergence(gap[here], unsafe[here]) for name, here in groups.items()},

@@ -2,6 +2,7 @@
 
 A file is written whole or not at all. Reading one runs no code of its own, and what is damaged is recognised.
 """
+
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-import parallel
+from lib import parallel
 
 LARGEST = 2**26  # bytes of a JSON file, or of one line
 DEEPEST = 100  # lists and objects within each other
@@ -37,7 +38,9 @@ def save(path, state, keep=False):
 def load(path):
     """The state saved at path, on the CPU; reading it runs no code of the file's. ValueError if it is no such file, or damaged."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.save writes checksums and torch.load does not look at them
+        with zipfile.ZipFile(
+            path
+        ) as file:  # torch.save writes checksums and torch.load does not look at them
             if any(part.compress_type or part.external_attr for part in file.infolist()):
                 raise ValueError("a part is packed or a folder, which torch.save's never are")
             if damaged := file.testzip():
@@ -47,7 +50,9 @@ def load(path):
         raise
     except Exception as e:  # bytes of another kind, or cut short, raise nearly anything
         reason = str(e).partition("\n")[0][:100] or type(e).__name__
-        raise ValueError(f"{path}: damaged, or not a checkpoint of ours ({reason}); expected a file that train.py saved, whole")
+        raise ValueError(
+            f"{path}: damaged, or not a checkpoint of ours ({reason}); expected a file that train.py saved, whole"
+        )
 
 
 def load_last(path):
@@ -85,7 +90,9 @@ def replacing(path, mode="w", keep=False):
     except BaseException as e:
         with suppress(OSError):
             os.remove(temporary)
-        cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save may hide the system's error
+        cause = (
+            e.__context__ if isinstance(e, RuntimeError) else e
+        )  # torch.save may hide the system's error
         if isinstance(cause, OSError):
             raise OSError(f"{path}: cannot be written ({cause.strerror or cause})") from e
         raise
@@ -108,7 +115,9 @@ def alone(folder):
         with FileLock(folder / ".lock", timeout=0) if not parallel.rank() else nullcontext():
             yield
     except Timeout:
-        raise ValueError(f"another process is at work on the run in {folder}; --out_dir FOLDER starts another")
+        raise ValueError(
+            f"another process is at work on the run in {folder}; --out_dir FOLDER starts another"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,10 +131,14 @@ def read_json(path, needed=None):
         value = parse_json(f.read(LARGEST + 1), path)
     for name, kind in (needed or {}).items():
         if name not in value:
-            raise ValueError(f"{path}: {name} is missing; expected a file that this version of train.py wrote")
+            raise ValueError(
+                f"{path}: {name} is missing; expected a file that this version of train.py wrote"
+            )
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if kind and type(value[name]) not in kinds:
-            raise ValueError(f"{path}: {name} is {show(value[name])}; expected {' or '.join(k.__name__ for k in kinds)}")
+            raise ValueError(
+                f"{path}: {name} is {show(value[name])}; expected {' or '.join(k.__name__ for k in kinds)}"
+            )
     return value
 
 
@@ -134,13 +147,22 @@ def parse_json(raw, place):
     if len(raw) > LARGEST:
         raise ValueError(f"{place}: more than {LARGEST >> 20} MiB of JSON at once; expected less")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number
+        )
     except UnicodeDecodeError as e:
         raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
     except json.JSONDecodeError as e:
-        raise ValueError(f"{place}: not valid JSON ({e.msg} at line {e.lineno} column {e.colno}); expected one object")
-    except (ValueError, RecursionError) as e:  # a field twice, a number of thousands of digits, brackets nested as deep
-        raise ValueError(f"{place}: JSON that cannot be read ({e}); expected an object with each field once, not nested deeply")
+        raise ValueError(
+            f"{place}: not valid JSON ({e.msg} at line {e.lineno} column {e.colno}); expected one object"
+        )
+    except (
+        ValueError,
+        RecursionError,
+    ) as e:  # a field twice, a number of thousands of digits, brackets nested as deep
+        raise ValueError(
+            f"{place}: JSON that cannot be read ({e}); expected an object with each field once, not nested deeply"
+        )
     if raw.count(b"[") + raw.count(b"{") > DEEPEST and _deep(value):
         raise ValueError(f"{place}: JSON nested more than {DEEPEST} deep; expected less")
     if not isinstance(value, dict):
@@ -152,7 +174,9 @@ def _unique(fields):
     """A JSON object's fields as a dict; json itself would let the last of two labels win without a word."""
     value = dict(fields)
     if len(value) < len(fields):
-        raise ValueError(f"{show(Counter(name for name, _ in fields).most_common(1)[0][0])} is given twice")
+        raise ValueError(
+            f"{show(Counter(name for name, _ in fields).most_common(1)[0][0])} is given twice"
+        )
     return value
 
 
@@ -163,7 +187,12 @@ def _no_number(name):
 def _deep(value):
     level = [value]
     for _ in range(DEEPEST):
-        level = [part for v in level if isinstance(v, (list, dict)) for part in (v.values() if isinstance(v, dict) else v)]
+        level = [
+            part
+            for v in level
+            if isinstance(v, (list, dict))
+            for part in (v.values() if isinstance(v, dict) else v)
+        ]
     return bool(level)
 
 

@@ -1,0 +1,1 @@
+"""The toy world, and what is measured in it."""
