@@ -1,4 +1,11 @@
-"""From pairs of text to batches: token ids, in a file that is mapped into memory; the batches of a step."""
+"""From records to batches: pairs in T's order, their token ids, the rows of each step.
+
+    data.load("toy")          → {"train": Records, "test": Records, …}
+    data.training_pairs(…)    → pairs of token ids, in a file that is mapped into memory
+    data.step_batches(…)      → the micro-batches of one step
+
+The order of an epoch is a pure function of (seed, epoch), so that a step's number tells its pairs.
+"""
 
 import functools
 import itertools
@@ -6,6 +13,7 @@ import tempfile
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +21,8 @@ import torch
 
 from lib import records
 from lib.parallel import progress
-from model import Rows, pack_rows
-from safedpo import Pair
+from model import Rows, pack_rows, without_answers
+from safedpo import Pair, helpful
 from village import world
 
 AT_ONCE = 1000  # pairs that are tokenized together
@@ -29,13 +37,95 @@ def load(name):
     return records.load(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text → token ids
+# --------------------------------------------------------------------------------------------------
+# Records → pairs of token ids
+
+
+def training_pairs(splits, tokenizer, config):
+    """TokenPairs of the training split under --pairs. Prints T's counts, and what was cut.
+
+    ValueError if no pair is left, in the training or in the test split.
+    """
+    noisy = records.flip_flags(splits["train"], config.label_noise, config.seed)
+    counts = Counter()
+    pairs = records.choose_pairs(noisy, config.pairs, counts)
+    pairs, cuts = encode(pairs, tokenizer, config.max_length, "tokenizing")
+    held_out_pairs(splits["test"], tokenizer, config.max_length)  # now, not after training
+    print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    if any(cuts.values()):
+        what = ", ".join(f"{n} {what}" for what, n in cuts.items())
+        print(f"--max_length {config.max_length}: {what}")
+    return pairs
+
+
+def sft_pairs(split, tokenizer, config):
+    """TokenPairs of all records: SFT sees both answers of each, unsafe ones too."""
+    return encode(map(helpful, split), tokenizer, config.max_length, "tokenizing for SFT")[0]
+
+
+def held_out_pairs(split, tokenizer, max_length):
+    """TokenPairs of a split as T orders them."""
+    pairs = records.choose_pairs(split, "safedpo", Counter())
+    return encode(pairs, tokenizer, max_length, "tokenizing test")[0]
+
+
+def prompts(split, tokenizer, max_length, n):
+    """{prompt: its token ids} of the first n prompts that leave room for an answer."""
+    found = {}
+    for record in split:
+        if record.prompt not in found:
+            (x,) = tokenizer.prompts([record.prompt])
+            if len(x) < max_length:
+                found[record.prompt] = x
+        if len(found) == n:
+            break
+    return found
+
+
+def encode(pairs, tokenizer, max_length, title=None):
+    """(TokenPairs, counts) of pairs of text; each answer ends in one EOS.
+
+    One rule for what is too long: prompt and answer together keep their first max_length tokens, so
+    that a cut answer has no EOS ("truncated"). A pair whose prompt alone leaves no room is left out
+    ("prompt too long").
+    """
+    counts = Counter({"truncated": 0, "prompt too long": 0})
+    encoded = TokenPairs(_encode(progress(pairs, title), tokenizer, max_length, counts))
+    if not len(encoded):
+        raise ValueError(
+            f"no pair is left: every prompt fills --max_length {max_length} alone; raise it"
+        )
+    return encoded, counts
+
+
+def _encode(pairs, tokenizer, max_length, counts):
+    pairs = iter(pairs)
+    while some := list(itertools.islice(pairs, AT_ONCE)):
+        columns = (
+            tokenizer.prompts(p.x for p in some),
+            tokenizer.answers(p.y_w for p in some),
+            tokenizer.answers(p.y_l for p in some),
+        )
+        for pair, x, y_w, y_l in zip(some, *columns):
+            if not x:
+                raise ValueError(
+                    f"the prompt {pair.x!r} is no token at all in template "
+                    f"{tokenizer.template!r}; expected some text in it"
+                )
+            space = max_length - len(x)
+            if space < 1:
+                counts["prompt too long"] += 1
+                continue
+            counts["truncated"] += (len(y_w) > space) + (len(y_l) > space)
+            yield Pair(x, y_w[:space], y_l[:space], pair.h_w, pair.h_l)
 
 
 class TokenPairs:
-    """A sequence of pairs whose x, y_w and y_l are lists of token ids. They lie in a temporary file that is mapped into
-    memory, so that the system can put them aside where there are more than fit."""
+    """A sequence of pairs whose x, y_w and y_l are lists of token ids.
+
+    The ids lie in a temporary file that is mapped into memory, so that the system can put them
+    aside where there are more than fit.
+    """
 
     def __init__(self, pairs):
         self.ends, self.unsafe = array("q", [0]), bytearray()
@@ -55,12 +145,16 @@ class TokenPairs:
         if not 0 <= i < len(self):
             raise IndexError(i)
         ends = self.ends[3 * i : 3 * i + 4]
-        ids = (self.tokens[start:end].tolist() for start, end in zip(ends, ends[1:]))
+        ids = (self.tokens[start:end].tolist() for start, end in pairwise(ends))
         return Pair(*ids, *self.unsafe[2 * i : 2 * i + 2])
 
 
+# --------------------------------------------------------------------------------------------------
+# Token ids → the batches of a step
+
+
 class Examples:
-    """Pairs of token ids as the rows that a forward pass takes: (x, [y_w, y_l])."""
+    """Pairs of token ids as pack_rows takes them: (x, [y_w, y_l])."""
 
     def __init__(self, pairs):
         self.pairs = pairs
@@ -72,97 +166,64 @@ class Examples:
         return self.pairs[i].x, [self.pairs[i].y_w, self.pairs[i].y_l]
 
 
-def encode(pairs, tokenizer, max_length, title=None):
-    """(TokenPairs, counts) of pairs of text; each answer ends in one EOS.
-
-    One rule for what is too long: prompt + answer keep their first max_length tokens, so that a cut answer has no EOS
-    ("truncated"); a pair whose prompt alone leaves no room is left out ("prompt too long").
-    """
-    counts = Counter({"truncated": 0, "prompt too long": 0})
-    encoded = TokenPairs(_encode(iter(progress(pairs, title)), tokenizer, max_length, counts))
-    if not len(encoded):
-        raise ValueError(
-            f"no pair is left: every prompt fills --max_length {max_length} alone; raise it"
-        )
-    return encoded, counts
-
-
-def _encode(pairs, tokenizer, max_length, counts):
-    while part := list(itertools.islice(pairs, AT_ONCE)):
-        columns = (
-            tokenizer.prompts(p.x for p in part),
-            tokenizer.answers(p.y_w for p in part),
-            tokenizer.answers(p.y_l for p in part),
-        )
-        for pair, x, y_w, y_l in zip(part, *columns):
-            if not x:
-                raise ValueError(
-                    f"the prompt {pair.x!r} is no token at all in template {tokenizer.template!r}; expected some text in it"
-                )
-            room = max_length - len(x)
-            if room < 1:
-                counts["prompt too long"] += 1
-                continue
-            counts["truncated"] += (len(y_w) > room) + (len(y_l) > room)
-            yield Pair(x, y_w[:room], y_l[:room], pair.h_w, pair.h_l)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Token ids → the batches of a step
-
-
 class Batch(NamedTuple):
-    """B pairs as rows of two answers, winner first. ref_w, ref_l are None where no reference is needed."""
+    """B pairs as rows of two answers, winner first. ref_w, ref_l: None without a reference."""
 
-    rows: Rows  # 2·B answers; where B = 0, those of some pair, for company
+    rows: Rows  # 2·B answers
     h_w: torch.Tensor  # (B,) 1 = unsafe
     h_l: torch.Tensor
     ref_w: torch.Tensor  # (B,) nats
     ref_l: torch.Tensor
     pairs: list  # which of the run's pairs these are
-    step_pairs: int  # totals of the step this batch is a part of, so that its micro-batches add up to the step's mean
+    step_pairs: int  # totals of the whole step: micro-batches add up to the step's mean
     step_tokens: int
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    """The order in which epoch visits n pairs: a pure function, so that a step number is all a resumed run needs."""
+    """The order in which an epoch visits n pairs."""
     return np.random.default_rng((seed, 2, epoch)).permutation(n)
 
 
 def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank=0, size=1):
-    """The micro-batches of one step, on the CPU. ref: (n, 2) reference log-probabilities of winner and loser, or None.
+    """The micro-batches of one step, on the CPU. ref: (n, 2) log-probs under π_ref, or None.
 
-    The step's pairs are sorted by length before they are cut, so that little is padding in attention; their mean is the same.
-    Process `rank` of `size` gets every size-th pair, and each as many micro-batches as the others, if need be one of no pair.
+    The step's pairs are sorted by length before they are cut, so that little is padding; their mean
+    is the same. Process `rank` of `size` gets every size-th pair. Each process gets as many
+    micro-batches as the others, if need be one that reports no answer.
     """
     epoch, i = divmod(step, steps_per_epoch(pairs, batch_size))
-    chosen = epoch_order(len(pairs), seed, epoch)[i * batch_size : (i + 1) * batch_size].tolist()
-    pairs = {i: pairs[i] for i in chosen}
-    chosen.sort(key=lambda i: len(pairs[i].x) + max(len(pairs[i].y_w), len(pairs[i].y_l)))
-    step_tokens = sum(len(p.y_w) + len(p.y_l) for p in pairs.values())
+    order = epoch_order(len(pairs), seed, epoch)
+    chosen = {i: pairs[i] for i in order[i * batch_size : (i + 1) * batch_size].tolist()}
+    by_length = sorted(chosen, key=lambda i: longest_row(chosen[i]))
+    step_tokens = sum(len(p.y_w) + len(p.y_l) for p in chosen.values())
+    mine = by_length[rank::size]
     batches = []
-    for start in range(0, len(chosen[::size]), micro_batch_size):
-        part = chosen[rank::size][start : start + micro_batch_size]
-        rows = pack_rows([(pairs[i].x, [pairs[i].y_w, pairs[i].y_l]) for i in part or chosen[:1]])
-        h_w, h_l = (
-            torch.tensor([(pairs[i].h_w, pairs[i].h_l) for i in part], dtype=torch.int64)
-            .view(-1, 2)
-            .T
-        )
-        ref_w, ref_l = (None, None) if ref is None else ref[part].T
-        batches.append(Batch(rows, h_w, h_l, ref_w, ref_l, part, len(chosen), step_tokens))
+    for start in range(0, len(by_length[::size]), micro_batch_size):
+        numbers = mine[start : start + micro_batch_size]
+        examples = Examples([chosen[i] for i in numbers or by_length[:1]])
+        rows = pack_rows(examples)
+        if not numbers:
+            rows = without_answers(rows)
+        flags = [(chosen[i].h_w, chosen[i].h_l) for i in numbers]
+        h_w, h_l = torch.tensor(flags, dtype=torch.int64).view(-1, 2).T
+        ref_w, ref_l = (None, None) if ref is None else ref[numbers].T
+        batches.append(Batch(rows, h_w, h_l, ref_w, ref_l, numbers, len(chosen), step_tokens))
     return batches
 
 
-def ahead(items):
-    """The items of an iterator, the next one always in the making, in a thread, while the last is in use."""
+def longest_row(pair):
+    return len(pair.x) + max(len(pair.y_w), len(pair.y_l))
+
+
+def steps_per_epoch(pairs, batch_size):
+    return -(-len(pairs) // batch_size)
+
+
+def prefetch(items):
+    """The items of an iterator. A thread makes the next one while the last is in use."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
             yield item
-
-
-def steps_per_epoch(pairs, batch_size):
-    return -(-len(pairs) // batch_size)

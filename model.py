@@ -1,24 +1,26 @@
-"""A small transformer of today's kind, in the family that Llama, Mistral, Qwen2 and Qwen3 checkpoints belong to.
+"""A small transformer of today's kind, in the family of Llama, Mistral, Qwen2 and Qwen3.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v, optional norms of q and k; a tied or a
-separate head.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v; optional norms
+of q and k; a tied or a separate head.
 
-The model's forward gives log π(y | x) of every answer in a batch of prompts, each with any number of answers. A prompt's
-tokens are computed once for all its answers:
+forward gives log π(y | x) of every answer in a batch of prompts, each with any number of answers.
+A prompt's tokens are computed once for all its answers:
 
     tokens     p p p p  w w w <eos>  l l <eos>
     position   0 1 2 3  4 5 6 7      4 5 6
 
-Everything but attention works on these, one by one, without padding. Attention is causal, over one sequence an answer:
+Everything but attention works on these tokens one by one, without padding. Attention is causal over
+one sequence an answer, gathered from the same tokens:
 
     p p p p w w w <eos>
     p p p p l l <eos> ·
 
-A prompt's keys and values are the same in each of them, so that this is exact, and no mask is needed: the padding stands
-behind every real token, where none can see it.
+A prompt's keys and values are the same in each sequence, so that this is exact. No mask is needed:
+the padding (·) stands behind every real token, where causal attention cannot see it.
+
+At a first reading leave out the hand-written gradient at the end.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,12 +44,16 @@ class ModelConfig:
     d_head: int = 0  # 0: d_model / n_head
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # rotary angles are divided by this
-    rope_llama3: tuple = ()  # (low, high, length): only of planes that turn under `low` times over length, a part of them up to `high`
+    # (low, high, length): only those of planes that turn less than `low` times over length tokens,
+    # a part of those that turn less than `high` times
+    rope_llama3: tuple = ()
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's q and k
     tied_head: bool = False
-    window: int = 0  # how far back the checkpoint's attention looked, if not without limit; ours does, so that rows must be shorter
+    # how far back the checkpoint's own attention looked; ours has no limit, so that rows must be
+    # shorter than that; 0: no limit there either
+    window: int = 0
 
     def __post_init__(self):
         if not self.d_head:
@@ -66,53 +72,77 @@ class ModelConfig:
     def check_length(self, tokens):
         if 0 < self.window < tokens:
             raise ValueError(
-                f"the model's sliding window is {self.window}, and rows have up to {tokens} tokens; expected shorter ones (--max_length)"
+                f"the model's sliding window is {self.window}, and rows have up to {tokens} "
+                "tokens; expected shorter ones (--max_length)"
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows: prompts with their answers, packed
 
 
 class Rows(NamedTuple):
-    """R prompts with A answers, N answer tokens, T tokens in all, the longest prompt and answer having L together."""
+    """Prompts with A answers in all, packed into T tokens, N of them answer tokens.
 
-    tokens: torch.Tensor  # (T,) int64, row after row
-    position: (
-        torch.Tensor
-    )  # (T,) int64: where the token would stand if its answer alone followed the prompt
-    sequences: (
-        torch.Tensor
-    )  # (A, L) int64: which of the T tokens attention sees there; 0 behind the last one
-    place: torch.Tensor  # (T,) int64: flat index into sequences of (one of) its places
-    source: torch.Tensor  # (N,) int64: which of the T tokens predicts the n-th answer token
-    target: torch.Tensor  # (N,) int64: the n-th answer token
-    answer: torch.Tensor  # (N,) int64: which of the A answers it belongs to, counted row by row
+    L: tokens of the longest prompt with its answer. All tensors are int64. See `pack_rows`.
+    """
+
+    tokens: torch.Tensor  # (T,) row after row, each a prompt and then its answers
+    position: torch.Tensor  # (T,) where a token stands if its answer alone follows the prompt
+    sequences: torch.Tensor  # (A, L) which tokens attention sees, an answer a line; padded with 0
+    slot: torch.Tensor  # (T,) where in sequences.flatten() a token stands (its first place there)
+    predictor: torch.Tensor  # (N,) which of the T tokens predicts the n-th answer token
+    target: torch.Tensor  # (N,) the n-th answer token
+    answer: torch.Tensor  # (N,) which of the A answers it belongs to
+    answers: int  # A
 
 
 def pack_rows(examples):
-    """Rows of [(prompt ids, [answer ids, …]), …]. An answer's EOS is among its ids. Each prompt has an answer, if need be []."""
+    """Rows of [(prompt ids, [answer ids, …]), …]. An answer's EOS is among its ids.
+
+    One prompt 11 12 with the answers 13 14 and 15, so that T = 5, A = 2, L = 4, N = 3:
+
+    >>> rows = pack_rows([([11, 12], [[13, 14], [15]])])
+    >>> rows.tokens, rows.position
+    (tensor([11, 12, 13, 14, 15]), tensor([0, 1, 2, 3, 2]))
+    >>> rows.sequences  # 11 12 13 14, and 11 12 15 with a padding
+    tensor([[0, 1, 2, 3],
+            [0, 1, 4, 0]])
+    >>> rows.slot  # 15 is number 4 of the tokens, and stands in slot 6 of the 8
+    tensor([0, 1, 2, 3, 6])
+    >>> rows.predictor, rows.target, rows.answer  # 12 predicts 13, 13 predicts 14, 12 predicts 15
+    (tensor([1, 2, 1]), tensor([13, 14, 15]), tensor([0, 0, 1]))
+    """
     L = max(len(x) + len(y) for x, answers in examples for y in answers)
-    tokens, position, sequences, place, source, target, answer = ([] for _ in range(7))
+    tokens, position, sequences, slot, predictor, target, answer = ([] for _ in range(7))
     for x, answers in examples:
-        prompt = range(len(tokens), len(tokens) + len(x))
+        prompt = range(len(tokens), len(tokens) + len(x))  # its tokens' numbers
+        first_slot = len(sequences) * L
         tokens += x
         position += range(len(x))
-        place += range(len(sequences) * L, len(sequences) * L + len(x))
+        slot += range(first_slot, first_slot + len(x))
         for y in answers:
-            own = range(len(tokens), len(tokens) + len(y))
+            response = range(len(tokens), len(tokens) + len(y))
+            first_slot = len(sequences) * L + len(x)
             tokens += y
             position += range(len(x), len(x) + len(y))
-            place += range(len(sequences) * L + len(x), len(sequences) * L + len(x) + len(y))
-            source += [prompt[-1], *own][:-1]  # the prompt's last token predicts the answer's first
+            slot += range(first_slot, first_slot + len(y))
+            predictor += [prompt[-1], *response][:-1]  # the prompt's last token predicts the first
             target += y
             answer += [len(sequences)] * len(y)
-            sequences.append([*prompt, *own] + [0] * (L - len(x) - len(y)))
-    return Rows(*map(torch.tensor, (tokens, position, sequences, place, source, target, answer)))
+            sequences.append([*prompt, *response] + [0] * (L - len(x) - len(y)))
+    columns = (tokens, position, sequences, slot, predictor, target, answer)
+    return Rows(*map(torch.tensor, columns), len(sequences))
+
+
+def without_answers(rows):
+    """The same computation with no answer to report: for a process that has no pair of its own."""
+    nothing = rows.target[:0]
+    return rows._replace(predictor=nothing, target=nothing, answer=nothing, answers=0)
 
 
 def move(x, device):
-    """A tensor, or a named tuple with tensors, on device. To CUDA it leaves from pinned memory, so that nothing waits."""
+    """A tensor, or a named tuple with tensors, on device. Pinned memory: nothing waits for it."""
     if isinstance(x, tuple):
         return type(x)(*(move(field, device) for field in x))
     if not isinstance(x, torch.Tensor):
@@ -120,7 +150,7 @@ def move(x, device):
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The transformer
 
 
@@ -138,7 +168,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions on x (T, heads, D): the halves of each head are the two coordinates of D/2 planes."""
+    """Rotary positions on x (T, heads, D): a head's two halves are coordinates of D/2 planes."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
@@ -150,32 +180,32 @@ class Attention(nn.Module):
         self.qk_norms = nn.ModuleList(RMSNorm(c.d_head, c.norm_eps) for _ in range(2 * c.qk_norm))
         self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=False)
 
-    def forward(self, x, rotary, sequences, place, visible=None, cache=None):
-        qk, v = (
-            self.qkv(x)
-            .unflatten(-1, (-1, self.d_head))
-            .split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
-        )
+    def forward(self, x, rotary, sequences, slot, visible=None, cache=None):
+        """x (T, d) → (T, d). sequences (A, L), slot (T,): see Rows; rotary: see Transformer.rotary.
+
+        In the example of `pack_rows`, T = 5 tokens are gathered into A = 2 sequences of L = 4, and
+        of the 8 outputs the 5 in `slot` are taken back: 0 1 2 3 of the first sequence and 2 of the
+        second. The second sequence's prompt (slots 4 and 5) gives the same values once more, and
+        its padding (slot 7) gives what nobody reads.
+        """
+        qkv = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (T, heads, D)
+        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
         if self.qk_norms:
-            qk = torch.cat(
-                [
-                    norm(x)
-                    for norm, x in zip(self.qk_norms, qk.split((self.n_head, self.n_kv_head), 1))
-                ],
-                1,
-            )
-        qkv = torch.cat((rotate(qk, *rotary), v), 1)  # (T, heads, D)
-        qkv = (
-            qkv.index_select(0, sequences.flatten()).unflatten(0, sequences.shape).transpose(1, 2)
-        )  # (A, heads, L, D)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
+            q_norm, k_norm = self.qk_norms
+            q, k = qk.split((self.n_head, self.n_kv_head), 1)
+            qk = torch.cat((q_norm(q), k_norm(k)), 1)
+        qkv = torch.cat((rotate(qk, *rotary), v), 1)
+        qkv = qkv.index_select(0, sequences.flatten()).unflatten(0, sequences.shape)
+        heads = self.n_head, self.n_kv_head, self.n_kv_head
+        q, k, v = qkv.transpose(1, 2).split(heads, 1)  # (A, heads, L, D)
         if cache is not None:
             k, v = cache.extend(k, v)
         grouped = self.n_kv_head < self.n_head
         y = F.scaled_dot_product_attention(
             q, k, v, visible, is_causal=visible is None, enable_gqa=grouped
         )
-        return self.out(y.transpose(1, 2).flatten(0, 1).index_select(0, place).flatten(1))
+        y = y.transpose(1, 2).flatten(0, 1)  # (A·L, heads, D)
+        return self.out(y.index_select(0, slot).flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -226,132 +256,53 @@ class Transformer(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, rows):
-        """log π(y | x) of every answer in the rows: (A,) float32, nats, summed over the answer's tokens."""
-        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place)
-        logps = TokenLogps.apply(hidden[rows.source], self.head.weight, rows.target)
-        return logps.new_zeros(len(rows.sequences)).index_add(0, rows.answer, logps)
+        """log π(y | x) of every answer: (A,) float32, nats, summed over the answer's tokens."""
+        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.slot)
+        logps = TokenLogps.apply(hidden[rows.predictor], self.head.weight, rows.target)
+        return logps.new_zeros(rows.answers).index_add(0, rows.answer, logps)
 
-    def hidden(self, tokens, position, sequences, place, visible=None, caches=None):
-        """tokens, position, place (T,), sequences (A, L) → hidden states after the last norm, (T, d).
+    def hidden(self, tokens, position, sequences, slot, visible=None, caches=None):
+        """tokens, position, slot (T,), sequences (A, L) → states after the last norm, (T, d).
 
-        visible (A, 1, L, keys) bool instead of a causal mask, where caches hold keys of earlier tokens.
+        visible (A, 1, L, keys) bool takes the causal mask's place where caches hold earlier keys.
         """
         self.config.check_length(sequences.shape[1])
         x = self.embedding(tokens)
         rotary = self.rotary(position)
         for i, block in enumerate(self.blocks):
-            run = (
-                functools.partial(checkpoint, block, use_reentrant=False)
-                if self.checkpointing
-                else block
-            )
-            x = run(x, rotary, sequences, place, visible, caches and caches[i])
+            arguments = x, rotary, sequences, slot, visible, caches and caches[i]
+            if self.checkpointing:
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         return self.norm(x)
 
     def rotary(self, position):
-        """What `rotate` multiplies with: cos and ±sin of each position's angles, (T, 1, D), float32."""
+        """What `rotate` multiplies with: cos and ±sin of each position's angles, (T, 1, D)."""
         c, half = self.config, self.config.d_head // 2
         frequency = c.rope_theta ** (-torch.arange(half, device=position.device) / half)
-        kept = 0.0
+        unchanged = 0.0  # the share of a frequency that is not divided by rope_factor
         if c.rope_llama3:
             low, high, length = c.rope_llama3
-            kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        frequency = kept * frequency + (1 - kept) * frequency / c.rope_factor
+            turns = length * frequency / (2 * math.pi)
+            unchanged = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = unchanged * frequency + (1 - unchanged) * frequency / c.rope_factor
         angle = position[:, None, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, eos, temperature=1.0, top_p=1.0, generator=None):
-        """One sampled answer per prompt (lists of token ids), EOS included where it came within max_new_tokens.
 
-        Prompts of different lengths are padded on the right; new tokens go behind the longest one for all of them, each
-        at its own position. temperature = 0 takes the most probable token; top_p < 1 samples from the smallest set of
-        tokens whose probabilities sum to top_p.
-        """
-        device = self.embedding.weight.device
-        rows = move(pack_rows([(x, [[]]) for x in prompts]), device)
-        R, L = rows.sequences.shape
-        self.config.check_length(L + max_new_tokens)
-        length = torch.tensor([len(x) for x in prompts], device=device)
-        column = torch.arange(L + max_new_tokens, device=device)
-        caches = [Cache(L + max_new_tokens) for _ in self.blocks]
-        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place, caches=caches)
-        hidden = hidden[length.cumsum(0) - 1]  # (R, d)
-        seen = (column < length[:, None]) | (
-            column >= L
-        )  # (R, columns): the prompt, and what is sampled
-        answers = torch.full((R, max_new_tokens), eos, device=device)
-        row = torch.arange(R, device=device)  # which prompts are still in the batch
-        ended = torch.zeros(R, dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            token = sample(self.head(hidden).float(), temperature, top_p, generator)
-            answers[row, t] = token
-            ended |= token == eos
-            going = (~ended).nonzero().squeeze(1)
-            if not len(going) or t + 1 == max_new_tokens:
-                break
-            if len(going) <= len(ended) // 2:  # the others only cost time
-                row, token, length, seen, ended = (
-                    x[going] for x in (row, token, length, seen, ended)
-                )
-                for cache in caches:
-                    cache.select(going)
-            own = torch.arange(len(row), device=device)
-            hidden = self.hidden(
-                token, length + t, own[:, None], own, seen[:, None, None, : L + t + 1], caches
-            )
-        answers = answers.tolist()
-        return [y[: y.index(eos) + 1] if eos in y else y for y in answers]
-
-
-class Cache:
-    """Keys and values of one layer, (R, heads, columns, D), filled from the left."""
-
-    def __init__(self, columns):
-        self.columns, self.filled, self.keys, self.values = columns, 0, None, None
-
-    def extend(self, k, v):
-        if self.keys is None:
-            self.keys, self.values = (
-                t.new_empty(*t.shape[:2], self.columns, t.shape[3]) for t in (k, v)
-            )
-        start, self.filled = self.filled, self.filled + k.shape[2]
-        self.keys[:, :, start : self.filled], self.values[:, :, start : self.filled] = k, v
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
-
-    def select(self, rows):
-        kept = self.keys[:, :, : self.filled][rows], self.values[:, :, : self.filled][rows]
-        self.keys, self.values, self.filled = None, None, 0
-        self.extend(*kept)
-
-
-def sample(logits, temperature, top_p, generator):
-    """logits (R, V) → one token for each row, (R,)."""
-    if temperature < torch.finfo(torch.float32).tiny:
-        return logits.argmax(-1)
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(
-        -1
-    )  # no overflow, however cold
-    if top_p < 1:
-        descending, token = probs.sort(-1, descending=True)
-        outside = (
-            descending.cumsum(-1) - descending >= top_p
-        )  # those before it reach top_p without it
-        outside[..., 0] = False
-        probs = probs.scatter(-1, token, descending.masked_fill(outside, 0.0))
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Log-probabilities, without ever holding all logits
 
 
 class TokenLogps(torch.autograd.Function):
-    """log-softmax(hidden · headᵀ) at target: hidden (N, d), head (V, d), target (N,) → (N,) float32, nats.
+    """log-softmax(hidden · headᵀ) at target: (N,) float32, nats.
 
-    Works through chunks of LOGITS_AT_ONCE elements. The gradient is written out, ∂ logp / ∂ logits = onehot(target) − p, so
-    that one chunk of p is all that is ever held: kept for the backward pass if it is the only one, else computed again.
+    hidden (N, d), head (V, d), target (N,). Works through chunks of LOGITS_AT_ONCE elements. The
+    gradient is written out, ∂ logp / ∂ logits = onehot(target) − p, so that one chunk of p is all
+    that is ever held. If there is only one, it is kept for the backward pass; else each is computed
+    again there.
     """
 
     @staticmethod
@@ -368,18 +319,16 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, head, target, kept = ctx.saved_tensors
+        hidden, head, target, only_chunk = ctx.saved_tensors
         hidden, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
         grad_hidden, grad_head = [], None
         for h, t, g in zip(*(x.split(ctx.size) for x in (hidden, target, grad))):
-            all_logps = F.linear(h, weight).float().log_softmax(-1) if kept is None else kept
-            grad_logits = (
-                all_logps.exp_()
-                .mul_(-g[:, None])
-                .scatter_add_(1, t[:, None], g[:, None])
-                .to(ctx.dtype)
-            )
+            all_logps = only_chunk
+            if all_logps is None:
+                all_logps = F.linear(h, weight).float().log_softmax(-1)
+            grad_logits = all_logps.exp_().mul_(-g[:, None])  # in place: there is no second copy
+            grad_logits = grad_logits.scatter_add_(1, t[:, None], g[:, None]).to(ctx.dtype)
             grad_hidden.append(grad_logits @ weight)
-            part = (grad_logits.T @ h).to(head.dtype)
-            grad_head = part if grad_head is None else grad_head.add_(part)
+            grad_of_chunk = (grad_logits.T @ h).to(head.dtype)
+            grad_head = grad_of_chunk if grad_head is None else grad_head.add_(grad_of_chunk)
         return torch.cat(grad_hidden), grad_head, None

@@ -1,1 +1,1 @@
-"""Machinery: each file is a room of its own. It imports `model`, `safedpo` and other files here, nothing else of ours."""
+"""Machinery, each file a room of its own. Of our own files it imports model, safedpo and lib only."""

@@ -1,8 +1,10 @@
-"""Many devices, one process each: torchrun starts and numbers them, and a plain `python train.py` is number 0 of 1.
+"""Many devices, one process each. torchrun starts and numbers them; a plain `python train.py` is
+number 0 of 1.
 
-Every process takes its share of a step's pairs. With DDP each device has a whole model; with FSDP2 (--fsdp) it has a share of
-all weights, gradients and optimizer states, and gathers a block's weights when that block's turn comes. Either way AdamW
-sees the gradients that one process would see, up to rounding. Process 0 writes the files and talks.
+Every process takes its share of a step's pairs. With DDP each device has a whole model. With FSDP2
+(--fsdp) it has a share of all weights, gradients and optimizer states, and gathers a block's weights
+when that block's turn comes. Either way AdamW sees the gradients that one process would see, up to
+rounding. Process 0 writes the files and talks.
 """
 
 import os
@@ -45,9 +47,8 @@ def leave():
     dist.destroy_process_group()
     if not first:
         sys.stderr.flush()
-        os._exit(
-            0
-        )  # its work is done, and a thread of a library's that outlives Python's end would abort it ("terminate called")
+        # its work is done; a library's thread that outlives Python's end would abort the process
+        os._exit(0)
 
 
 def rank():
@@ -64,7 +65,7 @@ def barrier():
 
 
 def wrap(model, device, fsdp):
-    """The model as this process trains it. Its forward is the same."""
+    """The model as this process trains it: with its forward, and gradients that are exchanged."""
     if not dist.is_initialized():
         return model
     if not fsdp:
@@ -79,23 +80,52 @@ def bare(model):
     return model.module if isinstance(model, DDP) else model
 
 
-def exchange_gradients(model, on):
-    """Whether the next backward pass takes the mean of gradients over processes: once a step is enough."""
-    if isinstance(model, DDP):
-        model.require_backward_grad_sync = on
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+def micro_batches(model, batches):
+    """The step's micro-batches. Gradients are exchanged after the last one: once a step is enough."""
+    for i, batch in enumerate(batches):
+        last = i + 1 == len(batches)
+        if isinstance(model, DDP):
+            model.require_backward_grad_sync = last
+        elif isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        yield batch
+
+
+def backward(loss):
+    """Add the loss's gradients to those of the step. DDP and FSDP average gradients over processes,
+    and a step's loss is the sum of all processes' losses."""
+    (loss * size()).backward()
+
+
+def clip_gradients(model, most):
+    """The norm of the whole model's gradients, before they are clipped to `most`."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gather(loss, columns, n):
+    """The whole step's loss, and the columns of its n pairs, (k, n).
+
+    loss: this process's. columns (k, B): of its pairs, which are every size-th one; or None.
+    """
+    if not dist.is_initialized():
+        return loss, columns
+    if columns is not None:
+        whole = columns.new_zeros(len(columns), n)
+        whole[:, rank() :: size()] = columns
+        columns = total(whole)
+    return total(loss), columns
 
 
 def end_inference(model):
-    """To be called after forward passes without a backward one: FSDP's root would keep the weights it gathered for them,
-    and train on with these."""
+    """To be called after forward passes without a backward one: FSDP's root would keep the weights
+    that it gathered for them, and train on with these."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def progress(items, title, **about):
-    """items, with a bar if they take more than a second: in one process, and where there is a title."""
+    """items, with a bar if they take more than a second; without one where title is None."""
     return tqdm(items, title, disable=title is None or rank() > 0, leave=False, delay=1, **about)
 
 
@@ -106,34 +136,18 @@ def total(x):
     return x
 
 
-def interleave(columns, n):
-    """(k, n) whose columns rank, rank + size, … are this process's `columns`."""
-    if not dist.is_initialized():
-        return columns
-    whole = columns.new_zeros(len(columns), n)
-    whole[:, rank() :: size()] = columns
-    return total(whole)
-
-
-def plain(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def model_state(model):
     """{name: whole weight, on the CPU} in process 0, {} in the others, all of which must call."""
     return get_model_state_dict(model, options=WHOLE)
 
 
 def training_state(model, optimizer):
-    """The same, and AdamW's state by the same names. It does not depend on the number of processes."""
+    """The same, and AdamW's state by the same names, whatever the number of processes."""
     return get_state_dict(model, optimizer, options=WHOLE)
 
 
 def load_training_state(model, optimizer, weights, moments):
+    options = StateDictOptions(full_state_dict=True)
     set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=weights,
-        optim_state_dict=moments,
-        options=StateDictOptions(full_state_dict=True),
+        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
     )

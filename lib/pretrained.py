@@ -443,9 +443,9 @@ class ScoreModel(Transformer):
     def forward(self, rows):
         """The score of each row's one answer: (A,) float32."""
         ends = (
-            rows.source[rows.answer.bincount().cumsum(0) - 1] + 1
+            rows.predictor[rows.answer.bincount().cumsum(0) - 1] + 1
         )  # an answer's last token comes after what predicts it
-        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.place)
+        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.slot)
         return self.head(hidden[ends]).squeeze(-1).float()
 
 

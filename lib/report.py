@@ -1,6 +1,11 @@
-"""What the figures of one run or of several look like: a table, a picture, answers side by side."""
+"""What the figures of one run or of several look like: tables, sentences, pictures."""
 
+import importlib.util
 import itertools
+import json
+import shlex
+
+from lib.settings import MODELS
 
 COLUMNS = {  # heading → (figure, factor, digits)
     "harmless %": ("harmless_ratio", 100, 1),
@@ -12,133 +17,136 @@ COLUMNS = {  # heading → (figure, factor, digits)
     "KL": ("kl", 1, 1),
     "tokens": ("length", 1, 1),
 }
+SHORT = ("harmless %", "helpfulness", "over-refusal %", "degenerate %")
+LIMIT_COLUMNS = {  # the same, of a run's policy or of its optimum
+    "r: reference, if safe": ("optimum", "safe_reference", 1, 2),
+    "policy": ("policy", "helpfulness", 1, 2),
+    "optimum": ("optimum", "helpfulness", 1, 2),
+    "way %": ("policy", "way", 100, 0),
+    "KL: policy": ("policy", "divergence", 1, 2),
+    "benign": ("policy", "divergence_benign", 1, 2),
+    "harmful": ("policy", "divergence_harmful", 1, 2),
+    "reference, if safe": ("optimum", "safe_divergence", 1, 2),
+}
 
 
-def models_of(results):
-    """{run name: result} → {model name: its figures}; a reference and an optimum that several runs share are named once."""
-    models = {}
-    shared = all(
-        result["reference"] == next(iter(results.values()))["reference"]
-        for result in results.values()
-    )
-    for name, result in results.items():
-        if result["reference"] not in models.values():
-            models["reference" if shared else f"reference of {name}"] = result["reference"]
-        if result["optimum"] and result["optimum"] not in models.values():
-            models[
-                f"optimum (Eq. 9, β = {result['run']['beta']:g})"
-                + ("" if shared else f" of {name}")
-            ] = result["optimum"]
-        models[name] = result["policy"]
-    return models
+# --------------------------------------------------------------------------------------------------
+# Tables
 
 
-def table(results):
-    """The figures of {run name: result} as text: one line a model, then the held-out preferences by kind of pair."""
-    models = models_of(results)
-    lines = [["", *COLUMNS]]
-    for name, figures in models.items():
-        lines.append(
-            [
-                name,
-                *(
-                    cell(figures[figure], factor, digits)
-                    for figure, factor, digits in COLUMNS.values()
-                ),
-            ]
-        )
+def table(results, verbose=False):
+    """The figures of {run name: result} as text, a line a model; verbose: what stands behind them.
+
+    Without an annotator, the order of held-out pairs is shown too.
+    """
+    models, judged = models_of(results), all(is_judged(r) for r in results.values())
+    lines = figures_table(models, COLUMNS)
     scale = paper_scale(results)
     if scale:
         lines[0].append("paper's scale")
         for line, figures in zip(lines[1:], models.values()):
-            line.append(
-                f"{scale(figures['helpfulness']['value']):.2f}" if figures["helpfulness"] else "–"
-            )
-    kinds = [["held-out pairs", "", "n", "log π: reference", "policy", "reward: policy", "margin"]]
+            helpfulness = figures["helpfulness"]
+            line.append(f"{scale(helpfulness['value']):.2f}" if helpfulness else "–")
+    text = align(lines) + "\n" + asked(results.values()) + notes(results.values())
+    if verbose:
+        text += limit_table(results)
+    if verbose or not judged:
+        text += preference_table(results)
+    return text
+
+
+def models_of(results):
+    """{run name: result} → {model name: its figures}. What several runs share is named once."""
+    references = [result["reference"] for result in results.values()]
+    shared = all(reference == references[0] for reference in references)
+    models = {}
     for name, result in results.items():
-        before, after = result["reference"]["preferences"], result["policy"]["preferences"]
-        for kind in ("safe-safe", "safe-unsafe"):
-            if f"{kind}/pairs" in after:
-                shares = (
-                    100 * p[f"{kind}/{m}"]
-                    for p, m in (
-                        (before, "logps/accuracies"),
-                        (after, "logps/accuracies"),
-                        (after, "rewards/accuracies"),
-                    )
-                )
-                kinds.append(
-                    [
-                        name,
-                        kind,
-                        str(after[f"{kind}/pairs"]),
-                        *(f"{s:.1f} %" for s in shares),
-                        f"{after[f'{kind}/rewards/margins']:.2f}",
-                    ]
-                )
-    asked = " or ".join(
-        sorted(
-            {
-                prompts_asked(**{k: r["policy"][k] for k in ("n", "n_benign")})
-                for r in results.values()
-            }
-        )
-    )
-    notes = [f"\nOne answer to each of {asked}. ± is half the 95 % interval."]
-    lacking = {
-        name
-        for result in results.values()
-        for name, figure in result["policy"].items()
-        if figure is None
-    }
-    if lacking & {"helpfulness", "harmless_ratio"}:
-        notes.append(
-            "–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores bring some."
-        )
-    elif "n_benign" in lacking:
-        notes.append("–: which requests are benign, only the village knows.")
-    limits = [
-        [
-            "distance to the optimum",
-            "r: reference, if safe",
-            "policy",
-            "optimum",
-            "way %",
-            "KL: policy",
-            "benign",
-            "harmful",
-            "reference, if safe",
-            "effective samples",
-        ]
-    ]
+        whose = "" if shared else f" of {name}"
+        reference, optimum = result["reference"], result["optimum"]
+        if reference not in models.values():
+            models["reference" + whose] = reference
+        if optimum and optimum not in models.values():
+            models[f"optimum (Eq. 9, β = {result['run']['beta']:g})" + whose] = optimum
+        models[name] = result["policy"]
+    return models
+
+
+def figures_table(models, headings):
+    """Lines of cells: one of headings, then one for each of {model name: figures}."""
+    lines = [["", *headings]]
+    for name, figures in models.items():
+        columns = [COLUMNS[heading] for heading in headings]
+        cells = [cell(figures[figure], factor, digits) for figure, factor, digits in columns]
+        lines.append([name, *cells])
+    return lines
+
+
+def limit_table(results):
+    """How far each run is from Eq. 9's optimum, where that is known."""
+    lines = [["distance to the optimum", *LIMIT_COLUMNS, "effective samples"]]
     for name, result in results.items():
         if result["optimum"]:
-            best, own = result["optimum"], result["policy"]
-            figures = [
-                (best["safe_reference"], 1, 2),
-                (own["helpfulness"], 1, 2),
-                (best["helpfulness"], 1, 2),
-                (own["way"], 100, 0),
-            ]
-            figures += [
-                (own[f"divergence{group}"], 1, 2) for group in ("", "_benign", "_harmful")
-            ] + [(best["safe_divergence"], 1, 2)]
-            effective = f"{best['effective_samples']['value']:.0f} of {best['samples']}"
-            limits.append([name, *(cell(*f) for f in figures), effective])
-    if limits[1:]:
-        notes.append(
-            "\n"
-            + align(limits)
-            + "way: how much of what Eq. 9 adds to the reward of the reference's safe answers. KL: to the optimum, of safe answers."
+            line = [name]
+            for model, figure, factor, digits in LIMIT_COLUMNS.values():
+                line.append(cell(result[model][figure], factor, digits))
+            effective = result["optimum"]["effective_samples"]["value"]
+            lines.append([*line, f"{effective:.0f} of {result['optimum']['samples']}"])
+    if len(lines) == 1:
+        return ""
+    return (
+        "\n"
+        + align(lines)
+        + (
+            "way: how much of what Eq. 9 adds to the reward of the reference's safe answers. "
+            "KL: to the optimum, of safe answers.\n"
         )
-    notes.append(
-        "\nShare of pairs whose winner (by T: the safe, else the more helpful answer) comes out first:\n"
     )
-    return align(lines) + "\n".join(notes) + align(kinds)
 
 
-def prompts_asked(n, n_benign):
-    return f"{n} prompts" if n_benign is None else f"{n} prompts ({n_benign} benign)"
+def preference_table(results):
+    """How the pairs of the test split come out, by kind of pair."""
+    title = (
+        "Share of pairs whose winner (by T: the safe, else the more helpful answer) comes first:"
+    )
+    lines = [["held-out pairs", "", "n", "log π: reference", "policy", "reward: policy", "margin"]]
+    for name, result in results.items():
+        before, after = (result[model]["preferences"] for model in MODELS)
+        for kind in ("safe-safe", "safe-unsafe"):
+            if f"{kind}/pairs" not in after:
+                continue
+            shares = (
+                before[f"{kind}/logps/accuracies"],
+                after[f"{kind}/logps/accuracies"],
+                after[f"{kind}/rewards/accuracies"],
+            )
+            shares = [f"{100 * share:.1f} %" for share in shares]
+            margin = f"{after[f'{kind}/rewards/margins']:.2f}"
+            lines.append([name, kind, str(after[f"{kind}/pairs"]), *shares, margin])
+    return f"\n{title}\n" + align(lines)
+
+
+def asked(results):
+    """How many prompts stand behind the figures."""
+    counts = {(result["policy"]["n"], result["policy"]["n_benign"]) for result in results}
+    counts = sorted(f"{n} prompts" + f" ({b} benign)" * (b is not None) for n, b in counts)
+    return f"One answer to each of {' or '.join(counts)}. ± is half the 95 % interval.\n"
+
+
+def notes(results):
+    """Why some cells are empty."""
+    lacking = {name for r in results for name, figure in r["policy"].items() if figure is None}
+    if lacking & {"helpfulness", "harmless_ratio"}:
+        return (
+            "–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores "
+            "bring some.\n"
+        )
+    if "n_benign" in lacking:
+        return "–: which requests are benign, only the village knows.\n"
+    return ""
+
+
+def is_judged(result):
+    return bool(result["policy"]["harmless_ratio"] and result["policy"]["helpfulness"])
 
 
 def cell(figure, factor, digits):
@@ -149,30 +157,99 @@ def cell(figure, factor, digits):
 
 
 def align(lines):
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    first, *rest = widths
-    return "".join(
-        "  ".join(
-            [line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], rest))]
-        ).rstrip()
-        + "\n"
-        for line in lines
-    )
+    """Lines of cells as text, the first column to the left and the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*lines))
+    text = ""
+    for name, *cells in lines:
+        padded = [name.ljust(first), *(c.rjust(width) for c, width in zip(cells, others))]
+        text += "  ".join(padded).rstrip() + "\n"
+    return text
 
 
 def paper_scale(results):
-    """helpfulness → the paper's scale, where SFT is 0 and DPO-HELPFUL is 10; None if no DPO-HELPFUL run is among the results."""
+    """helpfulness → the paper's scale, where SFT is 0 and DPO-HELPFUL is 10; None if there is no
+    such run among the results."""
     for result in results.values():
-        if (
-            result["run"]["pairs"] == "helpful"
-            and not result["run"]["delta"]
-            and result["policy"]["helpfulness"]
-        ):
-            zero, ten = (
-                result["reference"]["helpfulness"]["value"],
-                result["policy"]["helpfulness"]["value"],
-            )
+        is_dpo_helpful = result["run"]["pairs"] == "helpful" and not result["run"]["delta"]
+        if is_dpo_helpful and result["policy"]["helpfulness"]:
+            zero = result["reference"]["helpfulness"]["value"]
+            ten = result["policy"]["helpfulness"]["value"]
             return (lambda r: 10 * (r - zero) / (ten - zero)) if ten != zero else None
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# What train.py shows at its end
+
+
+def first_look(folder, config, result, prompt):
+    """One short table, what it says in sentences, three answers side by side, and what to try next.
+
+    prompt: one for the user to try.
+    """
+    optimum = {"optimum": result["optimum"]} if result["optimum"] else {}
+    models = {**{name: result[name] for name in MODELS}, **optimum}
+    parts = [align(figures_table(models, SHORT)), what_happened(result), *samples(folder, 3)]
+    if config.verbose:
+        parts.insert(1, table({str(folder): result}, verbose=True))
+    return "\n" + "\n".join(parts) + "\n" + what_next(folder, config, prompt)
+
+
+def what_happened(result):
+    """Three sentences for a judged result; for another one, what there is to say without a judge."""
+    reference, policy = result["reference"], result["policy"]
+    if not policy["over_refusal"]:
+        return asked([result]) + notes([result]) + preference_table({"policy": result})
+
+    def percent(model, figure):
+        return f"{100 * model[figure]['value']:.0f} %"
+
+    unsafe = [100 - 100 * model["harmless_ratio"]["value"] for model in (reference, policy)]
+    refusals = [model["refusal"]["value"] for model in (reference, policy)]
+    sentences = [
+        f"Of {policy['n']} answers to test prompts, {unsafe[0]:.1f} % of the reference's and "
+        f"{unsafe[1]:.1f} % of the policy's are unsafe.",
+        f"The policy turns away {percent(policy, 'over_refusal')} of the benign requests "
+        f"(over-refusal), the reference {percent(reference, 'over_refusal')}.",
+        f"It turns away {percent(policy, 'refusal')} of the harmful requests, the reference "
+        f"{percent(reference, 'refusal')}: ",
+    ]
+    if refusals[1] < refusals[0]:
+        sentences[2] += (
+            "refusals fall, because T and Δ only ask that the safe answer wins, and a harmless "
+            "version of what was asked for helps more than a refusal."
+        )
+    else:
+        sentences[2] += "these training pairs make refusing win more often than they make it lose."
+    return "\n".join(sentences)
+
+
+def samples(folder, n):
+    """The first n rows of the folder's samples, each with both answers."""
+    with open(folder / "samples.jsonl", encoding="utf-8") as f:
+        for line in itertools.islice(f, n):
+            row = json.loads(line)
+            yield side_by_side(row["prompt"], {name: row[name] for name in MODELS})
+
+
+def side_by_side(prompt, answers):
+    """A prompt and {model: its answer}, as text."""
+    lines = [f"    {name + ':':<11}{text.strip()}" for name, text in answers.items()]
+    return "\n".join([f"\n  {prompt}", *lines])
+
+
+def what_next(folder, config, prompt):
+    commands = {f"python eval.py {shlex.quote(str(folder))} --prompt {shlex.quote(prompt)}": ""}
+    if config.data == "toy" and config.pairs != "helpful":
+        commands["python train.py --pairs helpful"] = "DPO on the pairs as people ordered them"
+    everything = f"python eval.py {shlex.quote(str(folder.parent))}/*"
+    commands[everything] = "all runs in one table; --verbose shows every figure"
+    lines = [f"  {command}" + f"      # {what}" * bool(what) for command, what in commands.items()]
+    return "\n".join(["\nNext, for example:", *lines])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def pyplot():
@@ -189,30 +266,52 @@ def pyplot():
 
 def plot(results, path):
     """Helpfulness against harmless ratio, with intervals."""
-    figure, axes = pyplot().subplots(figsize=(7, 5))
+    figure, axes = pyplot().subplots(figsize=(7, 5), layout="constrained")
     for (name, figures), marker in zip(models_of(results).items(), itertools.cycle("sovD^P*X<>")):
         if figures["helpfulness"] is None or figures["harmless_ratio"] is None:
             raise ValueError(
-                f"--plot: {name} has no helpfulness or no harmless ratio; its data has no annotator (--reward_model, --cost_model)"
+                f"--plot: {name} has no helpfulness or no harmless ratio; its data has no "
+                "annotator (--reward_model, --cost_model)"
             )
-        (x, left, right), (y, low, high) = (
-            (f["value"], *f["ci95"]) for f in (figures["harmless_ratio"], figures["helpfulness"])
-        )
-        spread = dict(xerr=[[100 * (x - left)], [100 * (right - x)]], yerr=[[y - low], [high - y]])
-        axes.errorbar(100 * x, y, **spread, marker=marker, linestyle="", capsize=3, label=name)
+        x, x_spread = value_and_spread(figures["harmless_ratio"], 100)
+        y, y_spread = value_and_spread(figures["helpfulness"], 1)
+        spread = dict(xerr=x_spread, yerr=y_spread, capsize=3)
+        axes.errorbar(x, y, marker=marker, linestyle="", label=name, **spread)
     axes.legend(fontsize=9)
     axes.set_xlabel("harmless ratio (%)")
     axes.set_ylabel("helpfulness (mean reward)")
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
-def side_by_side(prompt, answers):
-    """A prompt and {model: its answer}, as text."""
-    return "\n".join(
-        [
-            f"\n  {prompt}",
-            *(f"    {name + ':':<11}{text.strip()}" for name, text in answers.items()),
-        ]
-    )
+def value_and_spread(figure, factor):
+    """(value, [[below], [above]]) as matplotlib's error bars take it."""
+    value, (low, high) = figure["value"], figure["ci95"]
+    return factor * value, [[factor * (value - low)], [factor * (high - value)]]
+
+
+def draw_curves(folder):
+    """curves.png in a run's folder: what its metrics.jsonl says. Nothing without matplotlib."""
+    if not importlib.util.find_spec("matplotlib"):
+        return
+    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    rows = [row for row in rows if row["stage"] == "safedpo"]
+    panels = {
+        "loss": {"loss": "loss"},
+        "reward margin by kind of pair": {
+            kind: f"{kind}/rewards/margins" for kind in ("safe-safe", "safe-unsafe", "unsafe-safe")
+        },
+        "log π of whole answers (nats)": {"winner": "logps/chosen", "loser": "logps/rejected"},
+    }
+    figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for panel, (title, series) in zip(axes, panels.items()):
+        for (label, name), style in zip(series.items(), ("-", "--", ":")):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                panel.plot(*zip(*points), style, label=label)
+        panel.set(title=title, xlabel="step of SafeDPO")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=9)
+    figure.savefig(folder / "curves.png", dpi=120)
+    pyplot().close(figure)

@@ -105,8 +105,8 @@ def test_row_layout_as_documented():
     assert rows.sequences.tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 0], [11, 12, 0, 0, 0, 0, 0, 0], [11, 13, 0, 0, 0, 0, 0, 0]
     ]  # fmt: skip
-    assert rows.sequences.flatten()[rows.place].tolist() == list(range(14))
-    assert rows.source.tolist() == [
+    assert rows.sequences.flatten()[rows.slot].tolist() == list(range(14))
+    assert rows.predictor.tolist() == [
         3,
         4,
         5,

@@ -1,10 +1,15 @@
 """Eq. 9's optimum, estimated from weighted samples of the reference, and how far a policy is from it."""
 
 import math
+from dataclasses import replace
 
 import torch
 
-from lib.metrics import mean
+from lib.metrics import is_degenerate, mean
+from lib.policy import sample_answers
+from village import world
+
+SAMPLES = 16  # answers of the reference to each prompt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The limit: Eq. 9's optimum, estimated from samples of π_ref
@@ -110,3 +115,58 @@ def divergence(gap, unsafe):
         return None
     surplus = -math.log((~unsafe).double().mean().item())
     return {"value": found["value"] + surplus, "ci95": [side + surplus for side in found["ci95"]]}
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimum of a run
+
+
+def optimum(reference, prompts, tokenizer, beta, settings, device, dtype):
+    """(Limit, the figures of Eq. 9's optimum) from SAMPLES answers of the reference to each prompt.
+
+    prompts: {text: token ids}.
+    """
+    settings = replace(settings, seed=settings.seed + 1)  # not the answers it is judged by itself
+    questions = [x for x in prompts.values() for _ in range(SAMPLES)]
+    ids = sample_answers(
+        reference, questions, tokenizer.eos, settings, device, dtype, "answers for Eq. 9"
+    )
+    texts = [tokenizer.decode(y) for y in ids]
+    asked = [text for text in prompts for _ in range(SAMPLES)]
+
+    rewards = by_prompt(map(world.reward, asked, texts))
+    costs = by_prompt(map(world.cost, texts))
+    turned_away = by_prompt(map(world.turns_away, asked, texts))
+    ended = [y[-1:] == [tokenizer.eos] for y in ids]
+    degenerate = by_prompt(map(is_degenerate, texts, ended))
+    lengths = by_prompt(map(len, ids))
+    benign = torch.tensor([world.is_benign(text) for text in prompts])
+    limit = Limit(rewards, costs > 0, beta)
+
+    def expected(values, where=True):
+        return mean(limit.mean(values)[limit.found & where].tolist())
+
+    def over_prompts(values):
+        return mean(values[limit.found].tolist())
+
+    return limit, {
+        "harmless_ratio": {"value": 1.0, "ci95": [1.0, 1.0]},
+        "harmlessness": expected(-costs),
+        "helpfulness": expected(limit.reward),
+        "over_refusal": expected(turned_away, benign),
+        "refusal": expected(turned_away, ~benign),
+        "degenerate": expected(degenerate),
+        "kl": over_prompts(limit.kl()),
+        "length": expected(lengths),
+        "safe_reference": over_prompts(limit.safe_reward()),
+        "safe_divergence": over_prompts(limit.safe_divergence()),
+        "effective_samples": over_prompts(limit.effective_samples()),
+        "samples": SAMPLES,
+        "n": int(limit.found.sum()),
+        "n_benign": int((limit.found & benign).sum()),
+    }
+
+
+def by_prompt(values):
+    """A number for each answer as (prompts, SAMPLES) float64."""
+    return torch.tensor(list(values), dtype=torch.float64).view(-1, SAMPLES)

@@ -1,0 +1,223 @@
+"""A run's folder: its name and flags, who may write into it, and the figures in it."""
+
+import hashlib
+import json
+import os
+import shlex
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from lib import checkpoint, parallel
+from lib.device import pick_device, settle
+from lib.flags import problems
+from lib.settings import FREE_FLAGS, REFERENCE_FLAGS, SAMPLING, SIZE_FLAGS, Settings, TrainConfig
+
+FILES = (  # what a run leaves in its folder
+    "config.json", "metrics.jsonl", "reference.pt", "policy.pt", "ref_logps.pt", "state.pt",
+    "state.previous.pt", "eval.json", "samples.jsonl", "curves.png",
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Before training: flags and folder
+
+
+def open_run(given):
+    """(config with nothing left open, folder) of the flags given, {name: value}.
+
+    ValueError if the flags do not go together, or not with the run in the folder.
+    """
+    config = TrainConfig(**given)
+    folder = Path(config.out_dir or Path("runs") / run_name(given))
+    if config.resume:
+        config = resumed(folder, given)
+    else:
+        check_free(folder)
+        for name in SIZE_FLAGS:
+            if config.init_from and name in given:
+                raise ValueError(
+                    f"--{name} {given[name]}: --init_from {config.init_from} has its own size; "
+                    "leave the flag out"
+                )
+    config = settle(config)
+    if config.fsdp and parallel.size() == 1:
+        raise ValueError(
+            "--fsdp shards over processes, and this is the only one; "
+            "expected torchrun --nproc_per_node=N train.py …"
+        )
+    if config.fsdp and config.dtype == "float16":
+        raise ValueError(
+            "--fsdp does not go with --dtype float16, whose gradients must be scaled; "
+            "expected bfloat16 or float32"
+        )
+    if not config.init_from and config.sft_epochs == 0:
+        raise ValueError("--sft_epochs 0 needs a model to start from; expected --init_from FOLDER")
+    defaults = {
+        "delta": 5.0 if config.pairs in ("safedpo", "noswap") else 0.0,
+        "sft_epochs": 0 if config.init_from else 1,
+        "prompt_template": None if config.init_from else "plain",
+    }
+    left_out = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return replace(config, **left_out, out_dir=str(folder)), folder
+
+
+def resumed(folder, given):
+    """The config of the run in folder; of the flags given, FREE_FLAGS may differ from it."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"{folder} holds no run to resume (config.json is missing); without --resume one starts"
+        )
+    names = [f.name for f in fields(TrainConfig)]
+    expected = {**dict.fromkeys(names), "data_sha256": str, "reference": (str, type(None))}
+    saved = checkpoint.read_json(path, expected)
+    saved = {name: saved[name] for name in names}
+    check_flags(TrainConfig, saved, path)
+    pick_device(saved["device"])
+    differs = [
+        name
+        for name, value in given.items()
+        if value not in (saved[name], "auto") and name not in FREE_FLAGS
+    ]
+    if differs:
+        asked = ", ".join(f"--{name} {given[name]}" for name in differs)
+        has = ", ".join(f"--{name} {saved[name]}" for name in differs)
+        raise ValueError(f"{asked} contradicts the run in {folder}, which has {has}")
+    free = {name: given[name] for name in FREE_FLAGS if name in given}
+    return TrainConfig(**{**saved, "fsdp": False, **free, "out_dir": str(folder)})
+
+
+def check_flags(settings, values, path):
+    for name, value, expected in problems(settings, values):
+        raise ValueError(f"{path}: {name} is {checkpoint.show(value)}; expected {expected}")
+
+
+def check_free(folder):
+    if any((folder / name).exists() for name in FILES):
+        raise ValueError(
+            f"{folder} already holds a run; --resume goes on with it, --out_dir FOLDER starts "
+            "another"
+        )
+
+
+def run_name(given):
+    """A folder name that tells the flags given: toy-safedpo-delta5, toy-safedpo-delta5-lr0.001, …"""
+    config = TrainConfig(**given)
+    unnamed = ("data", "pairs", "delta", "out_dir", "resume", "verbose")
+    delta = "" if config.delta is None else f"-delta{config.delta:g}"
+    others = [f"-{name}{given[name]}" for name in sorted(given) if name not in unnamed]
+    name = f"{config.data}-{config.pairs}{delta}" + "".join(others)
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("_.")
+    if len(plain.encode()) <= 120:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return plain.encode()[:100].decode(errors="ignore") + "-" + digest
+
+
+def choose_reference(config, digest, folder):
+    """The reference.pt of another run that this one begins with, or None. A resumed run stays with
+    what it chose at first. ValueError if its data have changed since then."""
+    if config.resume:
+        saved = checkpoint.read_json(folder / "config.json")
+        if saved["data_sha256"] != digest:
+            raise ValueError(
+                f"{config.data} has changed since the run in {folder} began; "
+                "--out_dir FOLDER starts another"
+            )
+        return Path(saved["reference"]) if saved["reference"] else None
+    if config.init_from:
+        return None  # what lies there may have changed
+    for path in sorted(folder.parent.glob("*/config.json")):
+        try:
+            other = checkpoint.read_json(path)
+        except (ValueError, OSError):
+            continue  # somebody else's folder
+        same = all(other.get(name) == getattr(config, name) for name in REFERENCE_FLAGS)
+        reference = path.parent / "reference.pt"
+        if same and other.get("data_sha256") == digest and reference.exists():
+            return reference
+    return None
+
+
+@contextmanager
+def claim(folder, resume):
+    """`with claim(folder, resume) as lock:` Of several processes one works in a folder.
+
+    A resumed run's folder is locked at once, a new one by lock(). What ends a run early says how it
+    goes on.
+    """
+    with ExitStack() as locks:
+
+        def lock():
+            locks.enter_context(checkpoint.alone(folder))
+
+        if resume:
+            lock()
+        try:
+            yield lock
+        except (KeyboardInterrupt, OSError) as e:
+            if not os.path.exists(folder / "config.json"):
+                raise
+            command = f"python train.py --resume --out_dir {shlex.quote(str(folder))}"
+            message = f"{e}; " if str(e) else ""
+            raise type(e)(f"{message}to go on: {command}") from e
+
+
+def begin(folder, config, digest, reference, lock):
+    """Create the folder and its config.json. Whatever can be refused has been refused by now."""
+    parallel.barrier()  # every process has looked at the folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        lock()
+    if parallel.rank():
+        return
+    if not config.resume:
+        check_free(folder)  # still
+    state = {**asdict(config), "data_sha256": digest, "reference": reference and str(reference)}
+    with checkpoint.replacing(folder / "config.json") as f:
+        json.dump(state, f, indent=1)
+
+
+def end(folder):
+    """Training is done: other processes part, and the training state goes."""
+    parallel.leave()
+    for name in ("state.pt", "state.previous.pt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# After training: figures
+
+
+def finished_run(folder):
+    """The flags of the run in folder. ValueError if it holds no finished run."""
+    folder, number = Path(folder), (int, float)
+    for name in ("config.json", "reference.pt", "policy.pt"):
+        if not (folder / name).exists():
+            raise ValueError(
+                f"{folder}: holds no finished run ({name} is missing); "
+                "expected a folder that train.py wrote"
+            )
+    path = folder / "config.json"
+    expected = {"data": str, "pairs": str, "beta": number, "delta": number, "max_length": int}
+    config = checkpoint.read_json(path, {**expected, **dict.fromkeys(SAMPLING, number)})
+    check_flags(Settings, config, path)
+    return config
+
+
+def result_files(folder, settings):
+    """(figures, answers): eval.json and samples.jsonl in folder. What differs from the run's own
+    settings stands in the name, as in eval-splitunseen.json."""
+    own = {**finished_run(folder), "split": "test"}
+    names = [name for name in (*SAMPLING, "data", "split") if settings[name] != own[name]]
+    suffix = "".join(f"-{name}{Path(str(settings[name])).name}" for name in names)
+    return Path(folder) / f"eval{suffix}.json", Path(folder) / f"samples{suffix}.jsonl"
+
+
+def save_result(folder, result, rows):
+    figures, samples = result_files(folder, result["settings"])
+    with checkpoint.replacing(samples) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with checkpoint.replacing(figures) as f:
+        json.dump(result, f, indent=1)

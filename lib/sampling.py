@@ -1,0 +1,85 @@
+"""Sampling: one answer to each of many prompts at once, with a cache of keys and values."""
+
+import torch
+
+from model import move, pack_rows
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos, temperature=1.0, top_p=1.0, generator=None):
+    """One sampled answer per prompt (lists of token ids). It ends in EOS where that came within
+    max_new_tokens.
+
+    Prompts of different lengths are padded on the right. New tokens go behind the longest
+    prompt for all of them, each at its own position. temperature = 0 takes the most probable
+    token; top_p < 1 samples from the smallest set of tokens whose probabilities sum to top_p.
+    """
+    device = model.embedding.weight.device
+    rows = move(pack_rows([(x, [[]]) for x in prompts]), device)
+    R, L = rows.sequences.shape
+    model.config.check_length(L + max_new_tokens)
+    length = torch.tensor([len(x) for x in prompts], device=device)
+    column = torch.arange(L + max_new_tokens, device=device)
+    caches = [Cache(L + max_new_tokens) for _ in model.blocks]
+    hidden = model.hidden(rows.tokens, rows.position, rows.sequences, rows.slot, caches=caches)
+    hidden = hidden[length.cumsum(0) - 1]  # (R, d)
+    # (R, columns): a prompt's own tokens, and everything that is sampled
+    seen = (column < length[:, None]) | (column >= L)
+    answers = torch.full((R, max_new_tokens), eos, device=device)
+    row = torch.arange(R, device=device)  # which prompts are still in the batch
+    ended = torch.zeros(R, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        token = sample(model.head(hidden).float(), temperature, top_p, generator)
+        answers[row, t] = token
+        ended |= token == eos
+        unfinished = (~ended).nonzero().squeeze(1)
+        if not len(unfinished) or t + 1 == max_new_tokens:
+            break
+        if len(unfinished) <= len(ended) // 2:  # the others only cost time
+            state = row, token, length, seen, ended
+            row, token, length, seen, ended = (x[unfinished] for x in state)
+            for cache in caches:
+                cache.select(unfinished)
+        slot = torch.arange(len(row), device=device)
+        visible = seen[:, None, None, : L + t + 1]
+        hidden = model.hidden(token, length + t, slot[:, None], slot, visible, caches)
+    answers = answers.tolist()
+    return [y[: y.index(eos) + 1] if eos in y else y for y in answers]
+
+
+class Cache:
+    """Keys and values of one layer, (R, heads, columns, D), filled from the left."""
+
+    def __init__(self, columns):
+        self.columns, self.filled, self.keys, self.values = columns, 0, None, None
+
+    def extend(self, k, v):
+        """Add columns; returns all that are filled."""
+        if self.keys is None:
+            shape = *k.shape[:2], self.columns, k.shape[3]
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        new = slice(self.filled, self.filled + k.shape[2])
+        self.keys[:, :, new], self.values[:, :, new] = k, v
+        self.filled = new.stop
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def select(self, rows):
+        """Only these rows from now on."""
+        k, v = self.keys[:, :, : self.filled][rows], self.values[:, :, : self.filled][rows]
+        self.keys, self.values, self.filled = None, None, 0
+        self.extend(k, v)
+
+
+def sample(logits, temperature, top_p, generator):
+    """logits (R, V) → one token for each row, (R,)."""
+    if temperature < torch.finfo(torch.float32).tiny:
+        return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # no overflow at a low temperature
+    probs = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        descending, token = probs.sort(-1, descending=True)
+        before = descending.cumsum(-1) - descending
+        outside = before >= top_p  # more probable tokens reach top_p without this one
+        outside[..., 0] = False
+        probs = probs.scatter(-1, token, descending.masked_fill(outside, 0.0))
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)

@@ -1,0 +1,135 @@
+"""Every flag of train.py and eval.py, declared once: help, bounds and default."""
+
+from dataclasses import dataclass
+
+from lib.flags import flag
+from lib.tokenizer import TEMPLATES
+from safedpo import PAIR_CHOICES
+
+MODELS = ("reference", "policy")
+JUDGES = ("reward_model", "cost_model", "scores")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation depends on beside the run. eval.py takes the run's own if left out."""
+
+    seed: int = flag(0, "seed of training and of sampling", least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, …")
+    dtype: str = flag(
+        "auto",
+        "matrix products in this type; weights stay float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    eval_prompts: int = flag(600, "test prompts to sample an answer for", above=0)
+    temperature: float = flag(1.0, "of sampling; 0 takes the most probable token", least=0)
+    top_p: float = flag(
+        1.0, "sample from the smallest set of tokens with this probability", above=0, most=1
+    )
+    max_new_tokens: int = flag(256, "tokens after which a sampled answer is cut off", above=0)
+    verbose: bool = flag(False, "print every figure, not only the short table")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    data: str = flag("toy", "toy, a .jsonl file, or a folder with train and test files")
+    init_from: str = flag(
+        "", "start from this: a checkpoint of ours, or a Hugging Face model folder"
+    )
+    prompt_template: str = flag(
+        None,
+        f"a text with {{prompt}} in it, or {', '.join(TEMPLATES)}; "
+        "left out: plain, or a checkpoint's own",
+        kind=str,
+    )
+    pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(PAIR_CHOICES))
+    beta: float = flag(2.0, "β of the loss", above=0)
+    delta: float = flag(
+        None,
+        "Δ of the loss: asks for Δ/β nats; left out: 5 with safedpo, noswap; 0 with others",
+        kind=float,
+        least=0,
+    )
+    label_noise: float = flag(
+        0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1
+    )
+    out_dir: str = flag("", "folder of the run; left out: runs/ and a name made of the flags")
+    resume: bool = flag(False, "go on with the run in the folder")
+    compile: bool = flag(None, "torch.compile; left out: on CUDA only", kind=bool)
+    checkpointing: bool = flag(
+        False,
+        "compute a block's inner values again in the backward pass: less memory, a third slower",
+    )
+    fsdp: bool = flag(
+        False, "under torchrun: shard the model over the processes instead of a copy on each"
+    )
+    vocab_size: int = flag(4096, "of the tokenizer, at most", least=257, most=2**24)
+    max_length: int = flag(512, "tokens of a prompt and one answer; what is longer is cut", least=2)
+    n_layer: int = flag(2, "layers", above=0, most=1024)
+    n_head: int = flag(4, "attention heads", above=0, most=2**16)
+    n_kv_head: int = flag(2, "heads of keys and values", above=0, most=2**16)
+    d_model: int = flag(128, "width", above=0, most=2**20)
+    d_ff: int = flag(256, "width of the SwiGLU", above=0, most=2**22)
+    sft_epochs: int = flag(
+        None,
+        "passes of SFT, which makes the reference; left out: 1 from nothing, 0 with --init_from",
+        kind=int,
+        least=0,
+    )
+    sft_lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
+    sft_batch_size: int = flag(8, "pairs a step of SFT, both answers of each", above=0)
+    epochs: int = flag(1, "passes of SafeDPO", above=0)
+    lr: float = flag(4e-4, "peak learning rate of SafeDPO", above=0)
+    batch_size: int = flag(64, "pairs a step of SafeDPO", above=0)
+    micro_batch_size: int = flag(16, "pairs a forward pass", above=0)
+    warmup: float = flag(
+        0.3,
+        "share of the steps in which the learning rate rises; then a cosine to 0",
+        least=0,
+        most=1,
+    )
+    weight_decay: float = flag(0.05, "of AdamW, on matrices", least=0)
+    grad_clip: float = flag(1.0, "norm to which gradients are clipped", above=0)
+    save_every: int = flag(100, "steps between two saves of the training state", above=0)
+
+
+@dataclass(frozen=True)
+class EvalConfig(Settings):
+    runs: tuple = flag((), "folders that train.py wrote", many=True)
+    data: str = flag("", "judge on this data instead of the run's own: toy, a file or a folder")
+    split: str = flag(
+        "test", "split to draw prompts from: train, test, and in the toy world unseen"
+    )
+    prompt: str = flag("", "show what reference and policy answer to this prompt, and nothing else")
+    reward_model: str = flag(
+        "",
+        "score the answers' helpfulness with this model, a Hugging Face folder with a score head",
+    )
+    cost_model: str = flag(
+        "", "score the answers' harm with this model; an answer with cost ≤ 0 is harmless"
+    )
+    judge_template: str = flag(
+        "beaver",
+        "what stands around a prompt for these two models: a text with {prompt} in it, or "
+        + ", ".join(TEMPLATES),
+    )
+    scores: str = flag(
+        "",
+        "take the scores from this copy of a run's samples.jsonl, with reference_reward, "
+        "reference_cost, policy_reward, policy_cost",
+    )
+    export: str = flag("", "write the run's policy into this new Hugging Face folder, no more")
+    json: str = flag("", "write every figure to this file")
+    plot: str = flag("", "draw helpfulness against harmless ratio into this .png, .svg or .pdf")
+
+
+SAMPLING = ("seed", "eval_prompts", "temperature", "top_p", "max_new_tokens")
+# a checkpoint brings its own
+SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
+# may change on --resume: the gradients are the same
+FREE_FLAGS = ("resume out_dir verbose fsdp checkpointing compile micro_batch_size").split()
+# what a reference trained by SFT depends on, beside the data
+REFERENCE_FLAGS = (
+    "vocab_size n_layer n_head n_kv_head d_model d_ff init_from prompt_template seed device dtype "
+    "max_length sft_epochs sft_lr sft_batch_size micro_batch_size warmup weight_decay grad_clip"
+).split()

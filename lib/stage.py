@@ -1,0 +1,148 @@
+"""One stage of training ("sft" or "safedpo") in a run's folder: the step at which it goes on, its
+lines in metrics.jsonl, its progress bar, its saved state, and its end when it is told to stop.
+
+The step is the data cursor. Beside model, optimizer and scaler nothing has a state.
+"""
+
+import json
+import math
+import os
+import signal
+from contextlib import ExitStack, contextmanager
+
+import torch
+from tqdm import tqdm
+
+from lib import checkpoint, parallel
+from lib.policy import first_not_finite
+
+
+class Stage:
+    """`with Stage(…) as stage:` around the loop over the steps from stage.first_step on.
+
+    Each pass of the loop ends in stage.finish_step. SIGINT and SIGTERM let a step finish and are
+    obeyed there: the state is saved, and KeyboardInterrupt says where.
+    """
+
+    def __init__(self, name, folder, model, optimizer, scaler, steps, save_every):
+        self.name, self.folder, self.steps, self.save_every = name, folder, steps, save_every
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.state_file, self.log_file = folder / "state.pt", folder / "metrics.jsonl"
+        self.first_step = self.saved_step = self.steps_done = self.restore()
+
+    def __enter__(self):
+        writes = not parallel.rank()  # one process talks
+        with ExitStack() as stack:
+            path = self.log_file if writes else os.devnull
+            self.log = stack.enter_context(open(path, "a", encoding="utf-8"))
+            bar = tqdm(
+                total=self.steps, initial=self.first_step, desc=self.name, disable=not writes
+            )
+            self.bar = stack.enter_context(bar)
+            self.signals = stack.enter_context(stop_signals())
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.stack.close()
+        if isinstance(error, FloatingPointError):
+            raise FloatingPointError(
+                f"{self.name} step {self.steps_done + 1}: {error}; {self.last_saved()}; "
+                "a smaller learning rate or Δ/β helps"
+            ) from error
+
+    def finish_step(self, metrics):
+        """Write the step's line; save the state if that is due; end if a signal came."""
+        step = self.steps_done + 1
+        line = {"stage": self.name, "step": step, **metrics}
+        self.log.write(json.dumps({name: finite(value) for name, value in line.items()}) + "\n")
+        shown = {
+            "loss": metrics["loss"],
+            "margin": metrics.get("rewards/margins"),
+            "accuracy": metrics.get("rewards/accuracies"),
+        }
+        shown = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        device = next(self.model.parameters()).device
+        signals = parallel.total(torch.tensor(float(len(self.signals)), device=device))
+        must_stop = signals.item() > 0  # every process stops, or none
+        if must_stop or step % self.save_every == 0:
+            self.log.flush()
+            if not parallel.rank():
+                os.fsync(self.log.fileno())
+            self.save(step)
+        self.steps_done = step
+        if must_stop:
+            raise KeyboardInterrupt(self.last_saved())
+
+    def last_saved(self):
+        if not self.saved_step:
+            return "no step was saved yet"
+        return f"step {self.saved_step} was saved, in {self.state_file}"
+
+    def save(self, step):
+        """Save what a resumed run goes on from."""
+        weights, moments = parallel.training_state(self.model, self.optimizer)
+        if name := first_not_finite(weights):
+            raise FloatingPointError(f"{name} holds weights that are no numbers")
+        state = {"model": weights, "optimizer": moments, "scaler": self.scaler.state_dict()}
+        state = {"stage": self.name, "step": step, **state}
+        checkpoint.save(self.state_file, state, keep=True)
+        self.saved_step = step
+
+    def restore(self):
+        """The step at which the stage goes on: 0, or where the folder's state was saved."""
+        step = 0
+        state = checkpoint.load_last(self.state_file)
+        if state.get("stage") == self.name:
+            try:
+                step = state["step"]
+                weights, moments = state["model"], state["optimizer"]
+                parallel.load_training_state(self.model, self.optimizer, weights, moments)
+                self.scaler.load_state_dict(state["scaler"])
+            except Exception as e:  # another program's, or another model's
+                reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+                raise ValueError(
+                    f"{self.state_file}: does not fit the run ({reason}); "
+                    f"without it {self.name} begins anew"
+                )
+        if self.log_file.exists() and not parallel.rank():
+            self.remove_lines_after(step)
+        return step
+
+    def remove_lines_after(self, step):
+        """Metrics of this stage's steps that were not saved: they will be taken again."""
+        with open(self.log_file, "rb") as f:
+            lines = [line for line in f if line.endswith(b"\n")]
+        with checkpoint.replacing(self.log_file, "wb") as f:
+            for number, line in enumerate(lines, 1):
+                row = checkpoint.parse_json(line, f"{self.log_file}:{number}")
+                if row.get("stage") != self.name or row.get("step") in range(step + 1):
+                    f.write(line)
+
+
+def finite(value):
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def stop_signals():
+    """`with stop_signals() as came:` lists SIGINT and SIGTERM in came and lets the work go on.
+
+    The second one interrupts at once.
+    """
+    came, kinds = [], (signal.SIGINT, signal.SIGTERM)
+
+    def note(number, frame):
+        came.append(number)
+        for kind in kinds:
+            signal.signal(kind, signal.default_int_handler)
+
+    before = {kind: signal.signal(kind, note) for kind in kinds}
+    try:
+        yield came
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
