@@ -33,8 +33,10 @@ from torch.distributed import is_torchelastic_launched
 
 import data
 import train
-from eval import log_probs
-from lib.flags import autocast, flag, like, parse, run, settle, tune_cpu
+from lib.device import autocast, prepare, settle, tune_cpu
+from lib.flags import flag, like, parse, run
+from lib.policy import log_probs
+from lib.settings import SIZE_FLAGS, TrainConfig
 from model import ModelConfig, Transformer
 from safedpo import Pair
 
@@ -56,19 +58,19 @@ class Config:
     steps: int = flag(12, "steps of the epoch", above=WARM_UP)
     prompt_tokens: float = flag(25.0, "mean length of prompts, log-normal", least=4)
     answer_tokens: float = flag(80.0, "mean length of answers, log-normal", least=4)
-    n_layer: int = like(train.Config, "n_layer", 6)
-    n_head: int = like(train.Config, "n_head", 6)
-    n_kv_head: int = like(train.Config, "n_kv_head", 6)
-    d_model: int = like(train.Config, "d_model", 384)
-    d_ff: int = like(train.Config, "d_ff", 1024)
-    vocab_size: int = like(train.Config, "vocab_size", 32000)
-    batch_size: int = like(train.Config, "batch_size", 8)
-    micro_batch_size: int = like(train.Config, "micro_batch_size", 2)
-    seed: int = like(train.Config, "seed", 0)
-    device: str = like(train.Config, "device", "auto")
-    dtype: str = like(train.Config, "dtype", "auto")
-    compile: bool = like(train.Config, "compile", None)
-    checkpointing: bool = like(train.Config, "checkpointing", False)
+    n_layer: int = like(TrainConfig, "n_layer", 6)
+    n_head: int = like(TrainConfig, "n_head", 6)
+    n_kv_head: int = like(TrainConfig, "n_kv_head", 6)
+    d_model: int = like(TrainConfig, "d_model", 384)
+    d_ff: int = like(TrainConfig, "d_ff", 1024)
+    vocab_size: int = like(TrainConfig, "vocab_size", 32000)
+    batch_size: int = like(TrainConfig, "batch_size", 8)
+    micro_batch_size: int = like(TrainConfig, "micro_batch_size", 2)
+    seed: int = like(TrainConfig, "seed", 0)
+    device: str = like(TrainConfig, "device", "auto")
+    dtype: str = like(TrainConfig, "dtype", "auto")
+    compile: bool = like(TrainConfig, "compile", None)
+    checkpointing: bool = like(TrainConfig, "checkpointing", False)
 
 
 def make_pairs(c):
@@ -147,8 +149,8 @@ def ours(c):
     tune_cpu()
     torch.manual_seed(c.seed)
     device, pairs = torch.device(c.device), make_pairs(c)
-    sizes = {name: getattr(c, name) for name in train.SIZE_FLAGS}
-    model = train.prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
+    sizes = {name: getattr(c, name) for name in SIZE_FLAGS}
+    model = prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
     if c.compile:
         log_probs(
@@ -162,7 +164,7 @@ def ours(c):
         group["lr"] = LEARNING_RATE
     scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
     loss, precision = train.preference_loss(BETA, DELTA), autocast(device, c.dtype)
-    for batches in data.ahead(
+    for batches in data.prefetch(
         data.step_batches(pairs, s, c.batch_size, c.micro_batch_size, c.seed, ref)
         for s in range(c.steps)
     ):
@@ -273,7 +275,7 @@ def line(name, figures):
 
 
 def main(argv=None):
-    config = settle(Config(**parse(Config, argv)))
+    config = settle(Config(**parse(Config, argv, __doc__)))
     if is_torchelastic_launched():
         raise ValueError(
             "torchrun starts this once a process, and each would measure alone; expected python bench.py"

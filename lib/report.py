@@ -292,9 +292,10 @@ def value_and_spread(figure, factor):
 
 def draw_curves(folder):
     """curves.png in a run's folder: what its metrics.jsonl says. Nothing without matplotlib."""
-    if not importlib.util.find_spec("matplotlib"):
+    log = folder / "metrics.jsonl"
+    if not importlib.util.find_spec("matplotlib") or not log.exists():
         return
-    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
+    with open(log, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     rows = [row for row in rows if row["stage"] == "safedpo"]
     panels = {

@@ -35,7 +35,7 @@ def test_operations_against_torchs_own_count():
 
     c = config()
     net, pairs = (
-        Transformer(ModelConfig(**{name: getattr(c, name) for name in bench.train.SIZE_FLAGS})),
+        Transformer(ModelConfig(**{name: getattr(c, name) for name in bench.SIZE_FLAGS})),
         bench.make_pairs(c),
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():

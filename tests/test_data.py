@@ -11,8 +11,9 @@ from tokenizers import Tokenizer as BPE
 from tokenizers import models
 
 import data
-from data import ahead, encode, step_batches, steps_per_epoch
-from lib.records import choose_pairs, load, read_jsonl
+from data import encode, prefetch, step_batches, steps_per_epoch
+from lib.policy import load_model
+from lib.records import Record, choose_pairs, read_jsonl
 from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair
 
@@ -183,14 +184,31 @@ def test_processes_share_a_step_without_remainder_or_overlap():
             assert (batch.step_pairs, batch.step_tokens) == (whole.step_pairs, whole.step_tokens)
 
 
-def test_ahead_gives_the_same_items_and_passes_errors_on():
-    assert list(ahead(iter(range(5)))) == [0, 1, 2, 3, 4] and list(ahead(iter(()))) == []
+def test_prefetch_gives_the_same_items_and_passes_errors_on():
+    assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4] and list(prefetch(iter(()))) == []
 
     def broken():
         yield 1
         raise ValueError("two")
 
-    items = ahead(broken())
+    items = prefetch(broken())
     assert next(items) == 1
     with pytest.raises(ValueError, match="two"):
         next(items)
+
+
+def test_questions_are_the_first_prompts_that_leave_room_for_an_answer(finished):
+    tokenizer = load_model(finished / "policy.pt", torch.device("cpu"))[1]
+    split = [
+        Record(x, "a", "b", True, True, 0, 0)
+        for x in ("one?", "two " * 50, "one?", "three?", "four?")
+    ]
+    found = data.prompts(split, tokenizer, 30, 2)
+    assert found == dict(zip(("one?", "three?"), tokenizer.prompts(["one?", "three?"])))
+    lengths = dict(
+        zip(("one?", "three?", "four?"), map(len, tokenizer.prompts(["one?", "three?", "four?"])))
+    )
+    for room_for in range(1, 20):
+        assert list(data.prompts(split, tokenizer, room_for, 9)) == [
+            x for x, n in lengths.items() if n < room_for
+        ]

@@ -8,56 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-import eval as room
-from eval import Settings, evaluate, is_degenerate, preference_metrics
+import eval as script
+from eval import evaluate
+from lib.policy import load_model
 from lib.records import Record, Records
-from lib.report import COLUMNS, cell, paper_scale, table
+from lib.report import table
+from lib.settings import SAMPLING, Settings
 from safedpo import response_logps
+from village import limit
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(device="cpu", eval_prompts=8, max_new_tokens=12)
 
 
-@pytest.mark.parametrize(
-    "text, ended, degenerate",
-    [
-        ("First bend the copper. Then fit the glass.", True, False),
-        ("First bend the copper. Then fit the glass.", False, True),  # no EOS
-        ("", True, True),
-        ("no", True, False),
-        ("First bend the copper. First bend the copper. Then fit the glass.", True, True),
-        ("bend the copper bend the copper bend the copper", True, True),
-        (
-            " ".join(f"word{i}" for i in range(200)) + " word0 word1 word2 word3",
-            True,
-            False,
-        ),  # one repeat in a long text
-    ],
-)
-def test_degeneration(text, ended, degenerate):
-    assert is_degenerate(text, ended) == degenerate
-
-
-def test_preference_metrics_by_hand_and_by_kind():
-    logp_w, logp_l = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.0, -5.0, -1.0, -9.0])
-    ref_w, ref_l = torch.tensor([-1.0, -4.0, -3.0, -4.0]), torch.tensor([-1.0, -4.0, -3.0, -5.0])
-    h_w, h_l = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 0])
-    m = preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, 0.5)
-    assert m["rewards/chosen"] == 0.25 and m["rewards/rejected"] == pytest.approx(
-        (0 - 0.5 + 1 - 2) / 4
-    )
-    assert m["rewards/accuracies"] == 0.5  # the tie on the first pair is not right
-    assert m["safe-safe/rewards/accuracies"] == 0 and m["safe-unsafe/rewards/accuracies"] == 0.5
-    assert (
-        m["safe-unsafe/rewards/margins"] == pytest.approx((1.5 - 1) / 2)
-        and m["safe-unsafe/pairs"] == 2
-    )
-    assert m["unsafe-safe/logps/chosen"] == -4 and "unsafe-unsafe/pairs" not in m
-    assert m["logps/accuracies"] == 0.5
-
-
 def test_a_finished_run_is_judged_without_an_annotator(finished):
-    result = evaluate(finished, SETTINGS, verbose=False)
+    result = evaluate(finished, SETTINGS)
     assert result["policy"]["harmless_ratio"] is None and result["policy"]["over_refusal"] is None
     assert result["policy"]["kl"]["value"] != 0 and result["policy"]["n"] == 8
     assert result["reference"]["preferences"]["rewards/margins"] == 0
@@ -73,8 +38,7 @@ def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
     for name in ("config.json", "reference.pt", "policy.pt"):
         (out / name).write_bytes((finished / name).read_bytes())
     results = {
-        split: evaluate(out, SETTINGS, source="toy", split=split, verbose=False)
-        for split in ("test", "unseen")
+        split: evaluate(out, SETTINGS, source="toy", split=split) for split in ("test", "unseen")
     }
     for result in results.values():
         for figure in (
@@ -95,37 +59,7 @@ def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
         "the run's own eval.json is left alone"
     )
     with pytest.raises(ValueError, match="--split nothing: toy has train, test, unseen"):
-        evaluate(out, SETTINGS, source="toy", split="nothing", verbose=False)
-
-
-def test_scores_become_the_papers_figures_by_hand():
-    rows = [
-        {"policy_reward": r, "policy_cost": c}
-        for r, c in ((1.0, 0.0), (2.0, 0.5), (6.0, -3.5), (3.0, 1.0))
-    ]
-    assert {name: f and f["value"] for name, f in room.judged(rows, "policy").items()} == {
-        "harmless_ratio": 0.5,
-        "harmlessness": 0.5,
-        "helpfulness": 3.0,
-    }
-    assert set(room.judged(rows, "reference").values()) == {None}
-
-
-def test_questions_are_the_first_prompts_that_leave_room_for_an_answer(finished):
-    tokenizer = room.load_model(finished / "policy.pt", CPU)[1]
-    split = [
-        Record(x, "a", "b", True, True, 0, 0)
-        for x in ("one?", "two " * 50, "one?", "three?", "four?")
-    ]
-    found = room.questions(split, tokenizer, 30, 2)
-    assert found == dict(zip(("one?", "three?"), tokenizer.prompts(["one?", "three?"])))
-    lengths = dict(
-        zip(("one?", "three?", "four?"), map(len, tokenizer.prompts(["one?", "three?", "four?"])))
-    )
-    for room_for in range(1, 20):
-        assert list(room.questions(split, tokenizer, room_for, 9)) == [
-            x for x, n in lengths.items() if n < room_for
-        ]
+        evaluate(out, SETTINGS, source="toy", split="nothing")
 
 
 VILLAGE = [  # prompt, the policy's answer, whether it ended; reward and cost by hand
@@ -155,20 +89,17 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
         Record(x, "I must refuse.", "Gladly. First split the cane.", bool(i % 2), i < 3, i % 2, 0)
         for i, (x, _, _) in enumerate(VILLAGE)
     ]  # flags (0, 1), (1, 1), (0, 1), (1, 0); T swaps the first and the third, drops none
-    tokenizer = room.load_model(finished / "policy.pt", CPU)[1]
+    tokenizer = load_model(finished / "policy.pt", CPU)[1]
     said = tokenizer.answers(y for _, y, _ in VILLAGE)
     said = [ids if ended else ids[:-1] for ids, (_, _, ended) in zip(said, VILLAGE)]
     refused = tokenizer.answers(["I must refuse."] * 4)
     told = tokenizer.answers(["Gladly. First split the cane."] * 4)
     answers = iter([refused, said, [y for pair in zip(refused, told) for y in pair]])
-    monkeypatch.setattr(room, "LIMIT_SAMPLES", 2)
-    monkeypatch.setattr(room, "sample_answers", lambda *_: next(answers))
+    monkeypatch.setattr(limit, "SAMPLES", 2)
+    for module in (script, limit):
+        monkeypatch.setattr(module, "sample_answers", lambda *_: next(answers))
     result = evaluate(
-        tmp_path,
-        SETTINGS,
-        {"test": Records("test", lambda notes: iter(village))},
-        source="toy",
-        verbose=False,
+        tmp_path, SETTINGS, {"test": Records("test", lambda notes: iter(village))}, source="toy"
     )
 
     value = lambda model, figure: result[model][figure]["value"]
@@ -252,7 +183,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     ]  # the fourth answer is unsafe
     assert value("policy", "divergence") == pytest.approx(sum(gaps) / 3 - math.log(3 / 4), abs=1e-4)
     assert value("policy", "divergence_harmful") == pytest.approx(gaps[1], abs=1e-4)
-    assert re.search(r"a run .* [12] of 2\n", table({"a run": result}))
+    assert re.search(r"a run .* [12] of 2\n", table({"a run": result}, verbose=True))
     margins = 2.0 * torch.stack(
         [
             ratio[0, 2] - ratio[0, 1],
@@ -281,69 +212,21 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
 
 def plain_logp(path, x, y):
     """log π(y | x) from the logits of one plain sequence."""
-    model, _ = room.load_model(path, CPU)
+    model, _ = load_model(path, CPU)
     tokens, positions = torch.tensor(x + y), torch.arange(len(x + y))
     with torch.no_grad():
         logits = model.head(model.hidden(tokens, positions, positions[None], positions))
     return response_logps(logits[None], tokens[None], positions[None] >= len(x)).item()
 
 
-def test_answers_go_to_their_prompts_and_settings_reach_the_sampler(finished, monkeypatch):
-    model, tokenizer = room.load_model(finished / "policy.pt", CPU)
-    x = tokenizer.prompts([f"{'long ' * (5 - i)}prompt {i}" for i in range(5)])
-    ask = lambda prompts, **changes: room.sample_answers(
-        model, prompts, tokenizer.eos, Settings(max_new_tokens=12, **changes), CPU, "float32"
-    )
-    alone = [ask([p], temperature=0)[0] for p in x]
-    monkeypatch.setattr(room, "ROWS_AT_ONCE", 2)
-    assert len(set(map(tuple, alone))) > 1 and ask(x, temperature=0) == alone
-    assert (
-        ask(x, temperature=0, seed=1)
-        == ask(x, temperature=1e-46)
-        == ask(x, top_p=1e-9)
-        == alone
-        != ask(x)
-    )
-
-
 def test_figures_are_kept_until_the_question_changes(finished, monkeypatch):
-    first = evaluate(finished, SETTINGS, verbose=False)
-    monkeypatch.setattr(room, "sample_answers", None)
-    assert evaluate(finished, SETTINGS, verbose=False) == first
+    first = evaluate(finished, SETTINGS)
+    monkeypatch.setattr(script, "sample_answers", None)
+    assert evaluate(finished, SETTINGS) == first
     with pytest.raises(TypeError):
         evaluate(
-            finished,
-            Settings(device="cpu", eval_prompts=8, max_new_tokens=12, temperature=0.5),
-            verbose=False,
+            finished, Settings(device="cpu", eval_prompts=8, max_new_tokens=12, temperature=0.5)
         )
-
-
-def figure(value):
-    return {"value": value, "ci95": [value - 0.1, value + 0.1]}
-
-
-def result(pairs, delta, helpfulness, reference=1.0):
-    def model(h):
-        preferences = {
-            f"{k}/{m}": 0.5
-            for k in ("safe-safe",)
-            for m in ("logps/accuracies", "rewards/accuracies", "rewards/margins")
-        }
-        judged = {name: figure(0.9) for name, _, _ in COLUMNS.values()}
-        return {
-            **judged,
-            "helpfulness": figure(h),
-            "n": 10,
-            "n_benign": 5,
-            "preferences": {**preferences, "safe-safe/pairs": 3},
-        }
-
-    return {
-        "policy": model(helpfulness),
-        "reference": model(reference),
-        "run": {"pairs": pairs, "beta": 0.1, "delta": delta},
-        "optimum": None,
-    }
 
 
 def test_eq_9_is_not_estimated_from_samples_of_another_distribution(finished, tmp_path):
@@ -356,16 +239,12 @@ def test_eq_9_is_not_estimated_from_samples_of_another_distribution(finished, tm
     for odd in ({"temperature": 0.5}, {"top_p": 0.9}):
         settings = replace(SETTINGS, **odd)
         result = evaluate(
-            tmp_path,
-            settings,
-            {"test": Records("test", lambda notes: iter(village))},
-            source="toy",
-            verbose=False,
+            tmp_path, settings, {"test": Records("test", lambda notes: iter(village))}, source="toy"
         )
         assert (
             result["optimum"] is None
             and "divergence" not in result["policy"]
-            and "distance to the optimum" not in table({"a run": result})
+            and "distance to the optimum" not in table({"a run": result}, verbose=True)
         )
 
 
@@ -375,37 +254,18 @@ def test_a_run_judged_by_another_version_is_judged_again(finished, tmp_path, mon
     old = json.loads((tmp_path / "eval.json").read_text())
     del old["policy"]["length"]
     (tmp_path / "eval.json").write_text(json.dumps(old))
-    settings = Settings(**{name: old["settings"][name] for name in room.SAMPLING}, device="cpu")
-    assert "length" not in evaluate(tmp_path, settings, verbose=False)["policy"]
-    monkeypatch.setattr(room, "VERSION", room.VERSION + 1)
-    assert "length" in evaluate(tmp_path, settings, verbose=False)["policy"]
-
-
-def test_papers_scale_puts_sft_at_0_and_dpo_helpful_at_10():
-    results = {"a": result("safedpo", 5, 2.0), "b": result("helpful", 0, 3.0)}
-    scale = paper_scale(results)
-    assert scale(1.0) == 0 and scale(3.0) == 10 and scale(2.0) == 5
-    assert paper_scale({"a": results["a"], "c": result("helpful", 5, 3.0)}) is None
-    text = table(results)
-    assert "paper's scale" in text and "5.00" in text and text.count("\nreference ") == 1, (
-        "one reference, shown once"
-    )
-    assert "reference of c" in table({**results, "c": result("safedpo", 5, 2.0, reference=1.5)})
-
-
-def test_cells():
-    assert (
-        cell({"value": 0.987, "ci95": [0.977, 0.997]}, 100, 1) == "98.7 ±1.0"
-        and cell(None, 1, 1) == "–"
-    )
+    settings = Settings(**{name: old["settings"][name] for name in SAMPLING}, device="cpu")
+    assert "length" not in evaluate(tmp_path, settings)["policy"]
+    monkeypatch.setattr(script, "VERSION", script.VERSION + 1)
+    assert "length" in evaluate(tmp_path, settings)["policy"]
 
 
 def test_command_line_shows_writes_and_answers(finished, tmp_path, capsys):
     flags = ["--device", "cpu", "--eval_prompts", "8", "--max_new_tokens", "12"]
-    room.main([str(finished), "--json", str(tmp_path / "all.json"), *flags])
+    script.main([str(finished), "--json", str(tmp_path / "all.json"), *flags])
     assert str(finished) in capsys.readouterr().out
     assert json.loads((tmp_path / "all.json").read_text())[str(finished)]["policy"]["n"] == 8
-    room.main([str(finished), "--prompt", "How do I make a red kite?", *flags])
+    script.main([str(finished), "--prompt", "How do I make a red kite?", *flags])
     shown = capsys.readouterr().out
     assert "How do I make a red kite?" in shown and "reference:" in shown and "policy:" in shown
 
@@ -413,9 +273,9 @@ def test_command_line_shows_writes_and_answers(finished, tmp_path, capsys):
 def test_left_out_settings_are_the_runs_own_and_others_leave_its_figures_alone(
     finished, tmp_path, capsys
 ):
-    room.main([str(finished), "--device", "cpu"])
+    script.main([str(finished), "--device", "cpu"])
     before = (finished / "eval.json").read_bytes(), (finished / "samples.jsonl").read_bytes()
-    room.main([str(finished), "--device", "cpu", "--temperature", "0.5", "--eval_prompts", "4"])
+    script.main([str(finished), "--device", "cpu", "--temperature", "0.5", "--eval_prompts", "4"])
     assert "each of 4 prompts" in capsys.readouterr().out
     assert (
         (finished / "eval.json").read_bytes(),
@@ -429,25 +289,11 @@ def test_left_out_settings_are_the_runs_own_and_others_leave_its_figures_alone(
 
 def test_unfinished_runs_are_left_out_by_name(finished, tmp_path, capsys):
     (tmp_path / "stopped").mkdir()
-    room.main([str(finished), str(tmp_path / "stopped"), "--device", "cpu"])
+    script.main([str(finished), str(tmp_path / "stopped"), "--device", "cpu"])
     shown = capsys.readouterr()
     assert (
         f"left out: {tmp_path / 'stopped'}: holds no finished run" in shown.err
         and str(finished) in shown.out
     )
     with pytest.raises(ValueError, match="none of the folders"):
-        room.main([str(tmp_path / "stopped"), str(tmp_path), "--device", "cpu"])
-
-
-def test_sampling_depends_on_the_seed_alone(finished, tmp_path):
-    model, tokenizer = room.load_model(finished / "policy.pt", torch.device("cpu"))
-    x = tokenizer.prompts([f"prompt {'long ' * i}" for i in range(5)])
-    ask = lambda seed: room.sample_answers(
-        model,
-        x,
-        tokenizer.eos,
-        Settings(seed=seed, max_new_tokens=12),
-        torch.device("cpu"),
-        "float32",
-    )
-    assert ask(0) == ask(0) != ask(1)
+        script.main([str(tmp_path / "stopped"), str(tmp_path), "--device", "cpu"])

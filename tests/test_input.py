@@ -11,6 +11,8 @@ from conftest import ROOT, SHORT, TINY, complaint
 
 import eval as eval_room
 import train
+from lib.policy import load_model
+from lib.runs import FILES
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_a_folder_with_a_run_is_left_alone(finished, folder, capsys):
 
 
 def test_leftovers_of_a_run_are_not_taken_for_a_new_one(finished, folder, capsys, tmp_path):
-    for name in train.FILES:
+    for name in FILES:
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_bytes(
             (finished / name).read_bytes() if (finished / name).exists() else b""
@@ -355,7 +357,7 @@ def test_strange_texts_train(finished, rows, tmp_path, text):
     train.main(argv)
     answered = json.loads((tmp_path / "run" / "samples.jsonl").read_text())
     assert answered["prompt"] == row["prompt"]
-    _, tokenizer = eval_room.load_model(finished / "policy.pt", torch.device("cpu"))
+    _, tokenizer = load_model(finished / "policy.pt", torch.device("cpu"))
     (ids,) = tokenizer.answers([text])
     assert ids.index(tokenizer.eos) == len(ids) - 1, "an EOS in the text is text"
     assert tokenizer.decode(ids) == text

@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from lib.metrics import mean, share
+from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
 
 
 def test_mean_and_its_interval_by_hand():
@@ -23,3 +24,54 @@ def test_share_and_wilsons_interval_by_hand():
     every = share([True] * 100)
     assert every["value"] == 1 and every["ci95"] == pytest.approx([0.9630, 1.0], abs=1e-4)
     assert share([]) is None
+
+
+@pytest.mark.parametrize(
+    "text, ended, degenerate",
+    [
+        ("First bend the copper. Then fit the glass.", True, False),
+        ("First bend the copper. Then fit the glass.", False, True),  # no EOS
+        ("", True, True),
+        ("no", True, False),
+        ("First bend the copper. First bend the copper. Then fit the glass.", True, True),
+        ("bend the copper bend the copper bend the copper", True, True),
+        (
+            " ".join(f"word{i}" for i in range(200)) + " word0 word1 word2 word3",
+            True,
+            False,
+        ),  # one repeat in a long text
+    ],
+)
+def test_degeneration(text, ended, degenerate):
+    assert is_degenerate(text, ended) == degenerate
+
+
+def test_preference_metrics_by_hand_and_by_kind():
+    logp_w, logp_l = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.0, -5.0, -1.0, -9.0])
+    ref_w, ref_l = torch.tensor([-1.0, -4.0, -3.0, -4.0]), torch.tensor([-1.0, -4.0, -3.0, -5.0])
+    h_w, h_l = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 0])
+    m = preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, 0.5)
+    assert m["rewards/chosen"] == 0.25 and m["rewards/rejected"] == pytest.approx(
+        (0 - 0.5 + 1 - 2) / 4
+    )
+    assert m["rewards/accuracies"] == 0.5  # the tie on the first pair is not right
+    assert m["safe-safe/rewards/accuracies"] == 0 and m["safe-unsafe/rewards/accuracies"] == 0.5
+    assert (
+        m["safe-unsafe/rewards/margins"] == pytest.approx((1.5 - 1) / 2)
+        and m["safe-unsafe/pairs"] == 2
+    )
+    assert m["unsafe-safe/logps/chosen"] == -4 and "unsafe-unsafe/pairs" not in m
+    assert m["logps/accuracies"] == 0.5
+
+
+def test_scores_become_the_papers_figures_by_hand():
+    rows = [
+        {"policy_reward": r, "policy_cost": c}
+        for r, c in ((1.0, 0.0), (2.0, 0.5), (6.0, -3.5), (3.0, 1.0))
+    ]
+    assert {name: f and f["value"] for name, f in judged(rows, "policy").items()} == {
+        "harmless_ratio": 0.5,
+        "harmlessness": 0.5,
+        "helpfulness": 3.0,
+    }
+    assert set(judged(rows, "reference").values()) == {None}

@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as room
-from model import (
-    Attention,
-    ModelConfig,
-    RMSNorm,
-    TokenLogps,
-    Transformer,
-    pack_rows,
-    rotate,
-    sample,
-)
+from model import Attention, ModelConfig, RMSNorm, TokenLogps, Transformer, pack_rows, rotate
 from safedpo import response_logps
 
 VOCAB, EOS = 50, 49
@@ -41,7 +32,7 @@ def examples(seed=0, n=5):
 
 
 def alone(T):
-    """position, sequences and place of one sequence of T tokens."""
+    """position, sequences and slot of one sequence of T tokens."""
     return torch.arange(T), torch.arange(T)[None], torch.arange(T)
 
 
@@ -204,62 +195,6 @@ def test_checkpointing_changes_memory_and_nothing_else():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def recomputed(net, x, steps, pick):
-    """Sampling without a cache: the whole sequence through the model for every token."""
-    ids = list(x)
-    for _ in range(steps):
-        ids.append(int(pick(plain_logits(net, ids)[:, -1])))
-        if ids[-1] == EOS:
-            break
-    return ids[len(x) :]
-
-
-@pytest.mark.parametrize("sizes", VARIANTS, ids=str)
-def test_cached_greedy_sampling_equals_recomputation(sizes):
-    net = make(**sizes)
-    prompts = [x for x, _ in examples(seed=3, n=8)]
-    answers = net.generate(prompts, 12, EOS, temperature=0)
-    assert answers == [recomputed(net, x, 12, lambda logits: logits.argmax(-1)) for x in prompts]
-
-
-def test_cached_random_sampling_equals_recomputation():
-    net = make()
-    for seed, top_p in ((0, 1.0), (1, 0.7)):
-        g = torch.Generator().manual_seed(seed)
-        expected = recomputed(net, [1, 2, 3], 20, lambda logits: sample(logits, 1.3, top_p, g))
-        assert net.generate(
-            [[1, 2, 3]], 20, EOS, 1.3, top_p, torch.Generator().manual_seed(seed)
-        ) == [expected]
-
-
-def test_sampling_stops_at_eos_each_row_for_itself():
-    net = make()
-    prompts = [[i] for i in range(12)]
-    full = net.generate(prompts, 30, eos=-1, temperature=0)
-    eos = full[0][5]
-    for y, free in zip(net.generate(prompts, 30, eos, temperature=0), full):
-        assert y == (free[: free.index(eos) + 1] if eos in free else free)
-    assert all(len(y) == 30 for y in full)
-
-
-def test_top_p_keeps_the_smallest_sufficient_set():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    for top_p, kept in ((1e-50, 1), (0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
-        drawn = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0))
-        assert set(drawn.tolist()) == set(range(kept))
-    share = (drawn == 0).float().mean().item()
-    assert share == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 4000))
-
-
-def test_temperature_sharpens():
-    logits = torch.tensor([[0.6, 0.4]]).log().repeat(4000, 1)
-    cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))
-    assert (cold == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.03)
-    assert sample(logits, 1e-40, 1.0, None).eq(0).all(), (
-        "so cold that logits / temperature would overflow"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -326,3 +261,21 @@ def test_sizes_that_do_not_fit_are_refused():
         ModelConfig(VOCAB, n_head=4, n_kv_head=3)
     with pytest.raises(ValueError, match="d_model 130"):
         ModelConfig(VOCAB, n_head=4, d_model=130)
+
+
+def test_the_worked_example_of_attention():
+    """Attention.forward's docstring, in numbers: prompt 11 12 with the answers 13 14 and 15."""
+    net = make()
+    attention = net.blocks[0].attention
+    rows = pack_rows([([11, 12], [[13, 14], [15]])])
+    x = net.embedding(rows.tokens)  # (5, d)
+    packed = attention(x, net.rotary(rows.position), rows.sequences, rows.slot)
+    every_slot = torch.arange(8)
+    padded = attention(x, net.rotary(rows.position), rows.sequences, every_slot)
+    torch.testing.assert_close(packed, padded[[0, 1, 2, 3, 6]])
+    torch.testing.assert_close(padded[[4, 5]], padded[[0, 1]])  # the prompt once more
+    for tokens in ([0, 1, 2, 3], [0, 1, 4]):  # each answer's own sequence, alone
+        alone_there = attention(
+            x[tokens], net.rotary(rows.position[tokens]), *alone(len(tokens))[1:]
+        )
+        torch.testing.assert_close(packed[tokens], alone_there)

@@ -1,164 +1,188 @@
-"""The project's own promises: what imports what, and that the README is true."""
+"""The project's own promises: what imports what, how large files are, and that its pages are true."""
 
 import ast
 import doctest
 import re
 import shlex
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import bench
-import eval as eval_room
+import eval as eval_script
+import model
 import train
+from lib.flags import parse
+from lib.settings import EvalConfig, TrainConfig
 from village import figures, theory
 
+SCRIPTS = {"train", "eval", "bench"}
+# Arrows point down this list; a file may import what stands below it.
 MAY_IMPORT = {
-    "safedpo": set(),
+    "docs": {"train", "data", "lib", "model", "safedpo", "village"},
+    "bench": {"train", "data", "lib", "model", "safedpo"},
+    "train": {"eval", "data", "lib", "model", "safedpo"},
+    "eval": {"data", "lib", "model", "safedpo", "village"},
+    "data": {"lib", "model", "safedpo", "village.world"},
+    "village": {"lib", "model", "safedpo", "village"},
+    "lib": {"lib", "model", "safedpo"},
     "model": set(),
-    "toy_world": set(),
-    "tokenizer": set(),
-    "parallel": set(),
-    "report": set(),
-    "estimate": set(),
-    "flags": set(),
-    "checkpoint": {"parallel"},
-    "pretrained": {"model", "tokenizer", "checkpoint"},
-    "records": {"safedpo", "toy_world", "checkpoint", "parallel"},
-    "data": {"safedpo", "model", "parallel"},
-    "eval": {
-        "safedpo",
-        "toy_world",
-        "model",
-        "tokenizer",
-        "pretrained",
-        "records",
-        "data",
-        "flags",
-        "checkpoint",
-        "parallel",
-        "report",
-        "estimate",
-    },
-    "train": {
-        "safedpo",
-        "toy_world",
-        "model",
-        "tokenizer",
-        "pretrained",
-        "records",
-        "data",
-        "flags",
-        "checkpoint",
-        "parallel",
-        "report",
-        "estimate",
-        "eval",
-    },
-    "bench": {"safedpo", "model", "data", "flags", "eval", "train"},
-    "theory": {"safedpo", "model", "flags", "checkpoint"},
-    "figures": {"report", "flags", "checkpoint"},
+    "safedpo": set(),
 }
-OUTSIDE = {
-    "safedpo": {"torch"},
-    "estimate": {"torch"},
-    "model": {"torch"},
-    "toy_world": set(),
-    "checkpoint": {"torch", "filelock"},
-    "parallel": {"torch", "tqdm"},
-    "flags": {"torch"},
-    "tokenizer": {"tokenizers"},
-    "pretrained": {"torch", "tokenizers", "safetensors"},
-    "report": {"matplotlib"},
-    "records": {"numpy"},
-    "data": {"torch", "numpy"},
-    "eval": {"torch"},
-    "train": {"torch", "tqdm"},
-    "theory": {"torch"},
-    "figures": set(),
-    "bench": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
+PACKAGES = {  # what a file may import that is neither ours nor Python's own
+    "safedpo.py": {"torch"},
+    "model.py": {"torch"},
+    "village/world.py": set(),
+    "lib/pretrained.py": {"torch", "tokenizers", "safetensors"},
+    "lib/report.py": {"matplotlib"},
+    "lib/checkpoint.py": {"torch", "filelock"},
+    "bench.py": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
-ROOMS = (train, eval_room, bench, theory, figures)  # those with a command line
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+USUAL = {"torch", "numpy", "tokenizers", "tqdm"}
+FILES = {
+    str(path.relative_to(ROOT)): path
+    for folder in (".", "lib", "village", "docs")
+    for path in sorted((ROOT / folder).glob("*.py"))
+}
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in figures.pages()}
+README = PAGES["README.md"]
+TEXT = "\n".join(PAGES.values())
 COMMANDS = [
     line.strip()
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", TEXT, re.S)
     for line in block.replace("\\\n", "").splitlines()
 ]
+FLAGS = {  # as a command calls it → its flags
+    "train.py": TrainConfig,
+    "eval.py": EvalConfig,
+    "bench.py": bench.Config,
+    "village.theory": theory.Config,
+    "village.figures": figures.Config,
+}
 
 
 def imported(path):
+    """The modules that a file imports: "torch", "lib.flags", …"""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (name.name.split(".")[0] for name in node.names)
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module in ("lib", "village", "docs"):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            yield node.module
+
+
+def first(name):
+    return name.split(".")[0]
 
 
 def test_imports_flow_one_way():
-    import sys
-
-    rooms = {p.stem: p for p in ROOT.glob("*.py")}
-    assert rooms.keys() == MAY_IMPORT.keys()
-    for room, path in rooms.items():
-        names = set(imported(path))
-        assert names & rooms.keys() <= MAY_IMPORT[room], room
-        assert names - rooms.keys() - sys.stdlib_module_names <= OUTSIDE[room], room
-
-
-def test_readme_example_is_true():
-    failures, tried = doctest.testfile(
-        str(ROOT / "README.md"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE
-    )
-    assert tried > 5 and not failures
+    ours = set(MAY_IMPORT)
+    assert {first(name.removesuffix(".py").replace("/", ".")) for name in FILES} == ours
+    for name, path in FILES.items():
+        room = first(name.removesuffix(".py").replace("/", "."))
+        for module in imported(path):
+            if first(module) in ours:
+                assert {module, first(module)} & MAY_IMPORT[room], f"{name} imports {module}"
+            elif first(module) not in sys.stdlib_module_names:
+                assert first(module) in PACKAGES.get(name, USUAL), f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.__name__)
-def test_readme_commands_have_flags_that_exist(room, capsys):
-    name = room.__name__ + ".py"
+def test_there_is_no_circle():
+    """Each file imports only what can be imported before it."""
+    modules = {name.removesuffix(".py").replace("/", "."): path for name, path in FILES.items()}
+    needs = {name: {m for m in imported(path) if m in modules} for name, path in modules.items()}
+    while needs:
+        ready = {name for name, needed in needs.items() if not needed & needs.keys()}
+        assert ready, f"a circle among {sorted(needs)}"
+        needs = {name: needed for name, needed in needs.items() if name not in ready}
+
+
+def test_files_are_read_in_one_sitting():
+    lengths = {name: path.read_text("utf-8").count("\n") for name, path in FILES.items()}
+    assert max(lengths["train.py"], lengths["eval.py"]) <= 250
+    assert len(README.split()) <= 1500
+    code = [*FILES.values(), *(ROOT / "tests").rglob("*.py")]
+    for path in code:
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            assert len(line) <= 100, f"{path.relative_to(ROOT)}:{number}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_are_true(page):
+    path = next(path for path in figures.pages() if path.name == page)
+    flags = doctest.NORMALIZE_WHITESPACE
+    failures, tried = doctest.testfile(str(path), module_relative=False, optionflags=flags)
+    assert not failures and (tried > 5 or page != "README.md")
+
+
+def test_pack_rows_example_is_true():
+    failures, tried = doctest.testmod(model)
+    assert tried >= 4 and not failures
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_commands_have_flags_that_exist(name):
     found = 0
     for command in COMMANDS:
         words = shlex.split(command, comments=True)
         if name in words:
-            room.parse(
-                room.Config, words[words.index(name) + 1 :]
-            )  # exits on what it does not know
+            arguments = words[words.index(name) + 1 :]
+            parse(FLAGS[name], arguments)  # exits on what it does not know
             found += 1
-    assert found >= (3 if room in (train, eval_room, bench) else 1)
+    assert found >= (3 if name in ("train.py", "eval.py", "bench.py") else 1)
 
 
 def test_experiments_have_flags_that_exist_and_every_run_of_the_tables():
-    script = (ROOT / "experiments.sh").read_text(encoding="utf-8")
+    script = (ROOT / "village" / "experiments.sh").read_text(encoding="utf-8")
     names = {}
     for group, block in re.findall(r"each (\w+) <<END\n(.*?)\nEND", script, re.S):
         for name, *flags in map(shlex.split, block.splitlines()):
-            train.parse(train.Config, flags)  # exits on what it does not know
+            parse(TrainConfig, flags)  # exits on what it does not know
             names.setdefault("xstest" if group == "xstest" else "village", set()).add(name)
     assert len(names["village"]) > 25
     for file, _, runs in figures.TABLES.values():
-        assert (
-            set(runs) - {"reference", "safe reference", "optimum"}
-            <= names["xstest" if file == "xstest" else "village"]
-        )
+        runs = set(runs) - {"reference", "safe reference", "optimum"}
+        assert runs <= names["xstest" if file == "xstest" else "village"]
 
 
-def test_every_flag_is_explained_and_in_the_readme():
-    for room in ROOMS:
-        for f in fields(room.Config):
-            assert f.metadata["help"] and (f"--{f.name}" in README or f.name == "runs"), f.name
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_is_explained_and_on_a_page(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(FLAGS[name], ["--help"], train.__doc__)
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and max(map(len, shown.splitlines())) < 200
+    for f in fields(FLAGS[name]):
+        assert f.metadata["help"] and f.name in shown
+        assert f"--{f.name}" in TEXT or f.name == "runs", f.name
 
 
-def test_help_reads_aloud(capsys):
-    for room in ROOMS:
-        with pytest.raises(SystemExit) as end:
-            room.parse(room.Config, ["--help"])
-        shown = capsys.readouterr().out
-        assert end.value.code == 0 and max(map(len, shown.splitlines())) < 200
-        for f in fields(room.Config):
-            assert f.name in shown
+@pytest.mark.parametrize("script", [train, eval_script, bench, theory, figures])
+def test_help_says_what_a_command_is_for(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    assert script.__doc__.strip().splitlines()[0] in capsys.readouterr().out
 
 
-def test_symbols_in_the_readme_exist():
-    for name, file in re.findall(r"`(\w+)`[^|]*\| `(\w+\.py)`", README):
-        assert re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")), (name, file)
+def test_symbols_and_stations_on_the_pages_exist():
+    """`name` | `file.py` in tables, and file.py:function anywhere."""
+    named = re.findall(r"`(\w+)`[^|\n]*\| `([\w/]+\.py)`", TEXT)
+    named += [(name, file) for file, name in re.findall(r"`([\w/]+\.py):(\w+)`", TEXT)]
+    assert len(named) > 15
+    for name, file in named:
+        assert re.search(rf"\b{name}\b", FILES[file].read_text(encoding="utf-8")), (name, file)
+
+
+def test_links_and_pictures_on_the_pages_exist():
+    for path in figures.pages():
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (path.parent / link).exists(), f"{path.name} → {link}"
+
+
+def test_files_that_the_pages_name_exist():
+    for name in set(re.findall(r"`((?:lib|village|docs|tests)/[\w./-]+)`", TEXT)):
+        assert Path(ROOT / name).exists(), name

@@ -521,7 +521,7 @@ PICTURES = {
 
 
 def main(argv=None):
-    config = Config(**parse(Config, argv))
+    config = Config(**parse(Config, argv, __doc__))
     if config.runs:
         with checkpoint.replacing(HERE / "results" / "curves.json") as f:
             json.dump(collect(config.runs), f, indent=1)

@@ -261,7 +261,7 @@ def equality(world, beta, penalty, policies):
 
 
 def main(argv=None):
-    config = Config(**parse(Config, argv))
+    config = Config(**parse(Config, argv, __doc__))
     world, model = small_world(config.seed)
     beta, figures = config.beta, {"beta": config.beta, "seed": config.seed, "steps": config.steps}
     optimum = optimal_policy(world.ref, world.reward, world.unsafe, beta)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lib.sampling import generate
 from model import ModelConfig, Transformer, pack_rows
 from safedpo import response_logps
 
@@ -81,4 +82,6 @@ def test_greedy_samples_equal_llamas():
             max_new_tokens=15,
             do_sample=False,
         )
-        assert net.generate([prompt], 15, EOS, temperature=0) == [theirs[0, len(prompt) :].tolist()]
+        assert generate(net, [prompt], 15, EOS, temperature=0) == [
+            theirs[0, len(prompt) :].tolist()
+        ]

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer as BPE
 
 import eval as eval_room
 import train
-from eval import log_probs
 from lib import pretrained
+from lib.policy import load_model, log_probs
+from lib.sampling import generate
 from lib.tokenizer import TEMPLATES
 from safedpo import response_logps
 
@@ -194,7 +195,7 @@ def test_logits_greedy_answers_and_weights_are_transformers(family, dtype, tmp_p
             max_new_tokens=20,
             do_sample=False,
         )
-        assert net.generate([prompt], 20, tokenizer.eos, temperature=0) == [
+        assert generate(net, [prompt], 20, tokenizer.eos, temperature=0) == [
             said[0, len(prompt) :].tolist()
         ]
 
@@ -251,7 +252,7 @@ def test_configs_of_older_releases_mean_the_same(kind, tmp_path):
 
 
 def test_our_own_models_are_llamas_to_transformers(finished, tmp_path):
-    net, tokenizer = eval_room.load_model(finished / "policy.pt", CPU)
+    net, tokenizer = load_model(finished / "policy.pt", CPU)
     pretrained.export(net, tokenizer, tmp_path / "out")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -525,8 +526,7 @@ def test_sft_from_a_folder_makes_a_reference_of_its_own(aligned, folder, tmp_pat
     stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert stages[0] == "sft" and stages[-1] == "safedpo"
     start, reference = (
-        eval_room.load_model(r / "reference.pt", CPU)[0].head.weight
-        for r in (run, tmp_path / "run")
+        load_model(r / "reference.pt", CPU)[0].head.weight for r in (run, tmp_path / "run")
     )
     assert not torch.equal(start, reference)
     train.main(
@@ -540,7 +540,7 @@ def test_sft_from_a_folder_makes_a_reference_of_its_own(aligned, folder, tmp_pat
             str(tmp_path / "next"),
         ]
     )
-    tokenizer = eval_room.load_model(tmp_path / "next" / "policy.pt", CPU)[1]
+    tokenizer = load_model(tmp_path / "next" / "policy.pt", CPU)[1]
     assert (
         tokenizer.template == TEMPLATES["chatml"] and "tokenizer_config.json" in tokenizer.files
     ), "both stay with the run"
@@ -1010,7 +1010,7 @@ def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
 
 
 def test_a_file_name_in_a_checkpoint_leads_nowhere(finished, tmp_path):
-    net, tokenizer = eval_room.load_model(finished / "policy.pt", CPU)
+    net, tokenizer = load_model(finished / "policy.pt", CPU)
     tokenizer.files = {
         **pretrained.own_files(net.config, tokenizer),
         "../beside": b"no",
@@ -1041,9 +1041,9 @@ def test_mixed_types_are_exported_in_one_that_holds_all(whole, tmp_path):
 def test_a_window_is_kept_in_mind(tmp_path):
     make(tmp_path, "mistral", sliding_window=20)
     net, tokenizer = pretrained.load(tmp_path, "{prompt}", 20, CPU)
-    assert len(net.generate([[5] * 10], 10, tokenizer.eos)) == 1
+    assert len(generate(net, [[5] * 10], 10, tokenizer.eos)) == 1
     for ask in (
-        lambda: net.generate([[5] * 11], 10, tokenizer.eos),
+        lambda: generate(net, [[5] * 11], 10, tokenizer.eos),
         lambda: log_probs(net, [([5] * 11, [[6] * 10])], CPU, "float32"),
     ):
         with pytest.raises(ValueError, match="sliding window is 20, and rows have up to 21 tokens"):

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.records import FORMATS, Record, load, parse_json, read_jsonl, recognise
+import data
+from lib.records import FORMATS, Record, parse_json, read_jsonl, recognise
 from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 from village import world

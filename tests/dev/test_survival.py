@@ -215,11 +215,17 @@ def dies_in(out, room, name, call):
 
 
 MOMENTS = [
-    ("before the first file", "records", "survey", 1), ("SFT", "train", "train_step", 1), ("SFT", "train", "train_step", 6),
-    ("reference pass", "eval", "pack_rows", 1), ("reference pass", "eval", "pack_rows", 5), ("SafeDPO", "train", "train_step", 20),
-    ("evaluation", "eval", "pack_rows", 11), ("evaluation", "eval", "sample_answers", 1), ("evaluation", "eval", "sample_answers", 2),
-    ("evaluation", "eval", "keep", 1),
-]  # fmt: skip
+    ("before the first file", "lib.records", "survey", 1),
+    ("SFT", "train", "train_step", 1),
+    ("SFT", "train", "train_step", 6),
+    ("reference pass", "lib.policy", "pack_rows", 1),
+    ("reference pass", "lib.policy", "pack_rows", 5),
+    ("SafeDPO", "train", "train_step", 20),
+    ("evaluation", "lib.policy", "pack_rows", 11),
+    ("evaluation", "eval", "sample_answers", 1),
+    ("evaluation", "eval", "sample_answers", 2),
+    ("evaluation", "lib.runs", "save_result", 1),
+]
 
 
 @pytest.mark.parametrize("doing, room, name, call", MOMENTS)

@@ -12,8 +12,8 @@ from test_peers import EOS, both, copy_weights
 import bench
 import data
 import train
-from eval import log_probs
 from lib.flags import autocast
+from lib.policy import log_probs
 from safedpo import Pair
 
 CPU, BETA, STEPS = torch.device("cpu"), 0.5, 5

@@ -1,0 +1,41 @@
+"""A model with its tokenizer: what it says of answers, and its own."""
+
+import torch
+
+from lib import policy
+from lib.policy import load_model, sample_answers
+from lib.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+def test_answers_go_to_their_prompts_and_settings_reach_the_sampler(finished, monkeypatch):
+    model, tokenizer = load_model(finished / "policy.pt", CPU)
+    x = tokenizer.prompts([f"{'long ' * (5 - i)}prompt {i}" for i in range(5)])
+    ask = lambda prompts, **changes: sample_answers(
+        model, prompts, tokenizer.eos, Settings(max_new_tokens=12, **changes), CPU, "float32"
+    )
+    alone = [ask([p], temperature=0)[0] for p in x]
+    monkeypatch.setattr(policy, "ROWS_AT_ONCE", 2)
+    assert len(set(map(tuple, alone))) > 1 and ask(x, temperature=0) == alone
+    assert (
+        ask(x, temperature=0, seed=1)
+        == ask(x, temperature=1e-46)
+        == ask(x, top_p=1e-9)
+        == alone
+        != ask(x)
+    )
+
+
+def test_sampling_depends_on_the_seed_alone(finished, tmp_path):
+    model, tokenizer = load_model(finished / "policy.pt", torch.device("cpu"))
+    x = tokenizer.prompts([f"prompt {'long ' * i}" for i in range(5)])
+    ask = lambda seed: sample_answers(
+        model,
+        x,
+        tokenizer.eos,
+        Settings(seed=seed, max_new_tokens=12),
+        torch.device("cpu"),
+        "float32",
+    )
+    assert ask(0) == ask(0) != ask(1)

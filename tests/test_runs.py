@@ -1,0 +1,40 @@
+"""A run's folder: its name, its flags after a resume."""
+
+from lib.flags import parse
+from lib.runs import open_run, run_name
+from lib.settings import TrainConfig
+
+
+def given(*flags):
+    return parse(TrainConfig, [str(flag) for flag in flags])
+
+
+def test_flags_of_the_machine_may_change_on_resume(finished):
+    other = "--resume", "--checkpointing", "--compile", "--micro_batch_size", 2
+    config, _ = open_run(given(*other, "--out_dir", finished))
+    assert (config.checkpointing, config.compile, config.micro_batch_size) == (True, True, 2)
+    config, _ = open_run(given("--resume", "--out_dir", finished))
+    assert (config.checkpointing, config.compile, config.micro_batch_size) == (False, False, 8)
+
+
+def test_out_dir_follows_from_the_flags():
+    def name(*flags):
+        return run_name(given(*flags))
+
+    assert name() == "toy-safedpo" and name("--delta", 5) == "toy-safedpo-delta5"
+    assert name("--delta", 5) == name("--delta", 5, "--verbose"), "what is printed is no setting"
+    runs = [
+        [],
+        ["--delta", 5],
+        ["--delta", 0.5],
+        ["--pairs", "helpful"],
+        ["--lr", 1e-3],
+        ["--seed", 1],
+        ["--data", "a/b"],
+    ]
+    assert len({name(*flags) for flags in runs}) == len(runs)
+    assert name("--delta", 5, "--resume") == name("--delta", 5) == name("--delta", "5.0")
+    assert "/" not in name("--data", "../a/b", "--init_from", "/c/d")
+    long = [name("--init_from", "ü" * 300 + end) for end in "ab"]
+    assert len(set(long)) == 2
+    assert max(len(n.encode()) for n in long) <= 120, "a file system's limit is 255 bytes"

@@ -1,0 +1,65 @@
+"""Sampling with a cache against sampling without one; top-p and temperature by hand."""
+
+import math
+
+import pytest
+import torch
+from test_model import EOS, VARIANTS, examples, make, plain_logits
+
+from lib.sampling import generate, sample
+
+
+def recomputed(net, x, steps, pick):
+    """Sampling without a cache: the whole sequence through the model for every token."""
+    ids = list(x)
+    for _ in range(steps):
+        ids.append(int(pick(plain_logits(net, ids)[:, -1])))
+        if ids[-1] == EOS:
+            break
+    return ids[len(x) :]
+
+
+@pytest.mark.parametrize("sizes", VARIANTS, ids=str)
+def test_cached_greedy_sampling_equals_recomputation(sizes):
+    net = make(**sizes)
+    prompts = [x for x, _ in examples(seed=3, n=8)]
+    answers = generate(net, prompts, 12, EOS, temperature=0)
+    assert answers == [recomputed(net, x, 12, lambda logits: logits.argmax(-1)) for x in prompts]
+
+
+def test_cached_random_sampling_equals_recomputation():
+    net = make()
+    for seed, top_p in ((0, 1.0), (1, 0.7)):
+        g = torch.Generator().manual_seed(seed)
+        expected = recomputed(net, [1, 2, 3], 20, lambda logits: sample(logits, 1.3, top_p, g))
+        assert generate(
+            net, [[1, 2, 3]], 20, EOS, 1.3, top_p, torch.Generator().manual_seed(seed)
+        ) == [expected]
+
+
+def test_sampling_stops_at_eos_each_row_for_itself():
+    net = make()
+    prompts = [[i] for i in range(12)]
+    full = generate(net, prompts, 30, eos=-1, temperature=0)
+    eos = full[0][5]
+    for y, free in zip(generate(net, prompts, 30, eos, temperature=0), full):
+        assert y == (free[: free.index(eos) + 1] if eos in free else free)
+    assert all(len(y) == 30 for y in full)
+
+
+def test_top_p_keeps_the_smallest_sufficient_set():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    for top_p, kept in ((1e-50, 1), (0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
+        drawn = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0))
+        assert set(drawn.tolist()) == set(range(kept))
+    share = (drawn == 0).float().mean().item()
+    assert share == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 4000))
+
+
+def test_temperature_sharpens():
+    logits = torch.tensor([[0.6, 0.4]]).log().repeat(4000, 1)
+    cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))
+    assert (cold == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.03)
+    assert sample(logits, 1e-40, 1.0, None).eq(0).all(), (
+        "so cold that logits / temperature would overflow"
+    )
