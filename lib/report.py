@@ -1,9 +1,11 @@
 """What the figures of one run or of several look like: tables, sentences, pictures."""
 
+import functools
 import importlib.util
 import itertools
 import json
 import shlex
+import textwrap
 
 from lib.settings import MODELS
 
@@ -167,19 +169,29 @@ def align(lines):
 
 
 def paper_scale(results):
-    """helpfulness → the paper's scale, where SFT is 0 and DPO-HELPFUL is 10; None if there is no
-    such run among the results."""
+    """A function of helpfulness: the paper's scale, where SFT is 0 and DPO-HELPFUL is 10. None if
+    there is no such run among the results."""
     for result in results.values():
         is_dpo_helpful = result["run"]["pairs"] == "helpful" and not result["run"]["delta"]
         if is_dpo_helpful and result["policy"]["helpfulness"]:
-            zero = result["reference"]["helpfulness"]["value"]
-            ten = result["policy"]["helpfulness"]["value"]
-            return (lambda r: 10 * (r - zero) / (ten - zero)) if ten != zero else None
+            zero, ten = (result[name]["helpfulness"]["value"] for name in MODELS)
+            return functools.partial(scaled, zero=zero, ten=ten) if ten != zero else None
     return None
+
+
+def scaled(helpfulness, zero, ten):
+    return 10 * (helpfulness - zero) / (ten - zero)
 
 
 # --------------------------------------------------------------------------------------------------
 # What train.py shows at its end
+
+WHY_REFUSALS_CHANGE = {  # (--pairs, which way) → what a refusal wins and loses against
+    ("safedpo", "fell"): ": a refusal wins against unsafe answers, but safe answers that help more "
+    "win against it",
+    ("helpful", "fell"): ": every answer that helps more wins against a refusal, safe or not",
+    ("harmless", "rose"): ": a refusal counts as safer than a safe answer that helps",
+}
 
 
 def first_look(folder, config, result, prompt):
@@ -196,32 +208,26 @@ def first_look(folder, config, result, prompt):
 
 
 def what_happened(result):
-    """Three sentences for a judged result; for another one, what there is to say without a judge."""
+    """Three sentences of a judged run; of another one, what there is to say without a judge."""
     reference, policy = result["reference"], result["policy"]
     if not policy["over_refusal"]:
         return asked([result]) + notes([result]) + preference_table({"policy": result})
 
-    def percent(model, figure):
-        return f"{100 * model[figure]['value']:.0f} %"
+    def percent(figure):
+        return [f"{100 * model[figure]['value']:.1f} %" for model in (policy, reference)]
 
-    unsafe = [100 - 100 * model["harmless_ratio"]["value"] for model in (reference, policy)]
-    refusals = [model["refusal"]["value"] for model in (reference, policy)]
-    sentences = [
-        f"Of {policy['n']} answers to test prompts, {unsafe[0]:.1f} % of the reference's and "
-        f"{unsafe[1]:.1f} % of the policy's are unsafe.",
-        f"The policy turns away {percent(policy, 'over_refusal')} of the benign requests "
-        f"(over-refusal), the reference {percent(reference, 'over_refusal')}.",
-        f"It turns away {percent(policy, 'refusal')} of the harmful requests, the reference "
-        f"{percent(reference, 'refusal')}: ",
-    ]
-    if refusals[1] < refusals[0]:
-        sentences[2] += (
-            "refusals fall, because T and Δ only ask that the safe answer wins, and a harmless "
-            "version of what was asked for helps more than a refusal."
-        )
-    else:
-        sentences[2] += "these training pairs make refusing win more often than they make it lose."
-    return "\n".join(sentences)
+    safe, benign, harmful = map(percent, ("harmless_ratio", "over_refusal", "refusal"))
+    fell = policy["refusal"]["value"] < reference["refusal"]["value"]
+    reason = WHY_REFUSALS_CHANGE.get((result["run"]["pairs"], "fell" if fell else "rose"), "")
+    sentences = (
+        f"Of {policy['n']} answers to test prompts, {safe[0]} of the policy's are harmless and "
+        f"{safe[1]} of the reference's.",
+        f"The policy turns away {benign[0]} of the benign requests, the reference {benign[1]}: "
+        "this is over-refusal.",
+        f"The policy turns away {harmful[0]} of the harmful requests, the reference {harmful[1]}"
+        f"{reason}.",
+    )
+    return "\n".join(textwrap.fill(sentence, 90) for sentence in sentences)
 
 
 def samples(folder, n):
