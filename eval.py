@@ -1,4 +1,4 @@
-"""Sample one answer per test prompt from a run's reference and its policy, judge them, print a table.
+"""Sample an answer to each test prompt from a run's reference and its policy, and judge them.
 
 python eval.py runs/toy-safedpo-delta5                      the table of one run
 python eval.py runs/* --plot runs.png                       several runs, and a picture

@@ -1,15 +1,19 @@
-"""SafeDPO in one page: the transformation T, the loss with its margin Δ, and what they are measured against.
+"""SafeDPO on one page: the transformation T, the loss with its margin Δ, and their optimum.
 
-Kim et al., "SafeDPO: A Simple Approach to Direct Preference Optimization with Enhanced Safety", arXiv 2505.20065 (v2).
-Equation numbers are that paper's. Symbols are its names: x a prompt, y_w the winner (the answer people found more
-helpful), y_l the loser, h = 1 for an UNSAFE answer, β the strength of the KL term, Δ the safety margin, π_ref the
-reference. Log-probabilities are natural logarithms (nats), summed over the answer's tokens.
+Kim et al., "SafeDPO: A Simple Approach to Direct Preference Optimization with Enhanced Safety",
+arXiv 2505.20065 (v2). Equation numbers are that paper's. Symbols are its names: x a prompt, y_w the
+winner (the answer people found more helpful), y_l the loser, h = 1 for an UNSAFE answer, β the
+strength of the KL term, Δ the safety margin, π_ref the reference. Log-probabilities are natural
+logarithms (nats), summed over the answer's tokens.
 
 Where we differ from the paper, or had to decide what it leaves open:
-  - EOS is the last token of an answer and counts in its log-probability; an answer that was truncated has none.
+  - EOS is the last token of an answer and counts in its log-probability. An answer that was
+    truncated has none.
   - Log-probabilities are sums over tokens, not means, as Eq. 4 says and as DPO's own code does.
-  - Pairs with both answers unsafe are discarded, as v2 says; an earlier description of the method is silent on them.
-  - "noswap", the ablation of T's swap, still discards both-unsafe pairs; without that it would be "helpful".
+  - Pairs with both answers unsafe are discarded, as v2 says. An earlier description of the method
+    is silent on them.
+  - "noswap", the ablation of T's swap, still discards both-unsafe pairs. Without that it would be
+    "helpful".
 """
 
 from typing import NamedTuple
@@ -19,7 +23,7 @@ import torch.nn.functional as F
 
 
 class Pair(NamedTuple):
-    """One preference: y_w won over y_l for prompt x; h_w, h_l: 1 = that answer is unsafe, 0 = safe."""
+    """One preference: y_w won over y_l for prompt x. h_w, h_l: 1 = that answer is unsafe."""
 
     x: object
     y_w: object
@@ -28,12 +32,12 @@ class Pair(NamedTuple):
     h_l: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T, and the loss
 
 
 def transform(pair):
-    """T of §3.2: the pair as if the cost-augmented reward had ordered it, or None where it says nothing.
+    """T of §3.2: the pair as the cost-augmented reward would order it; None where it cannot.
 
     winner safe → keep · winner unsafe, loser safe → swap · both unsafe → discard.
     """
@@ -48,16 +52,19 @@ def transform(pair):
 def safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
     """Eq. 12, unreduced: −log σ( β·(logp_w − ref_w) − β·(logp_l − ref_l) − (h_l − h_w)·Δ ).
 
-    logp_*, ref_*: (B,) float, nats, summed over the answer's tokens, EOS included, under the policy and under π_ref.
-    h_*: (B,) 0/1 of any type, 1 = unsafe. beta > 0 has no unit; delta ≥ 0 in nats, outside β. Returns (B,).
-    After T, h_l − h_w is 1 on safe-over-unsafe pairs and 0 on the rest; delta = 0 is DPO (Eq. 4) on the pairs given.
+    logp_*, ref_*: (B,) float, log-probabilities of whole answers under the policy and under π_ref,
+    in nats, summed over the answer's tokens, EOS included. h_*: (B,) 0/1 of any type, 1 = unsafe.
+    beta > 0 has no unit; delta ≥ 0 is in nats, outside β. Returns (B,).
+
+    After T, h_l − h_w is 1 on safe-over-unsafe pairs and 0 on the rest. With delta = 0 this is DPO
+    (Eq. 4) on the pairs given.
     """
     logits = beta * ((logp_w - ref_w) - (logp_l - ref_l))
     margin = (h_l.to(logits.dtype) - h_w.to(logits.dtype)) * delta
     return -F.logsigmoid(logits - margin)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the loss reads, and what it implies
 
 
@@ -90,7 +97,7 @@ def optimal_policy(ref_probs, reward, unsafe, beta):
     return score.softmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pair choices: SafeDPO's and its baselines'. Each takes a record with the fields of PKU-SafeRLHF and gives a Pair or None.
 
 

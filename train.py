@@ -157,31 +157,28 @@ def train(config, folder, lock):
     digest, findings = records.survey(splits)
     print(f"{config.data}: " + "\n  ".join(findings))
 
-    reference_file, policy_file = folder / "reference.pt", folder / "policy.pt"
-    has_reference, has_policy = reference_file.exists(), policy_file.exists()  # after a resume
-    other_reference = runs.choose_reference(config, digest, folder)
-    reference = reference_file if has_reference else other_reference
+    done = runs.done_before(config, digest, folder)
     at_first = torch.device("cpu") if config.fsdp else device  # it may not fit on one device
     model, tokenizer, is_reference = policy.starting_model(
-        config, splits["train"], reference, at_first
+        config, splits["train"], done.reference, at_first
     )
     pairs = data.training_pairs(splits, tokenizer, config)  # through T
     if config.init_from:
         config = replace(config, **{name: getattr(model.config, name) for name in SIZE_FLAGS})
-    runs.begin(folder, config, digest, other_reference, lock)
+    runs.begin(folder, config, digest, done.borrowed, lock)
     model = parallel.wrap(prepare(model, config), device, config.fsdp)
 
     if not is_reference:  # SFT
         answers = data.sft_pairs(splits["train"], tokenizer, config)
         sft = dict(epochs=config.sft_epochs, batch_size=config.sft_batch_size, lr=config.sft_lr)
         fit("sft", model, answers, None, sft_loss, replace(config, **sft), folder)
-    if not has_reference:
-        policy.save_model(reference_file, model, tokenizer)
-    if not has_policy:  # SafeDPO: the reference goes on as the policy
+    if not done.has_reference:
+        policy.save_model(folder / "reference.pt", model, tokenizer)
+    if not done.has_policy:  # SafeDPO: the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder)
         loss = preference_loss(config.beta, config.delta)
         fit("safedpo", model, pairs, ref, loss, config, folder)
-        policy.save_model(policy_file, model, tokenizer)
+        policy.save_model(folder / "policy.pt", model, tokenizer)
     runs.end(folder)
     del model  # evaluation loads both models, and may need its memory
 

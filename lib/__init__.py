@@ -1,1 +1,1 @@
-"""Machinery, each file a room of its own. Of our own files it imports model, safedpo and lib only."""
+"""Machinery, each file a room of its own. Of our files it imports model, safedpo and lib only."""

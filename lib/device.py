@@ -1,4 +1,4 @@
-"""The machine: which device, which type of numbers, and what a process that trains wants of them."""
+"""The machine: which device, which type of numbers, and what a process that trains needs."""
 
 import ctypes
 import sys
@@ -19,7 +19,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """`auto` is bfloat16 on CUDA hardware that has it, float16 on other CUDA hardware, else float32."""
+    """`auto` is float32 on a CPU; on CUDA bfloat16, or float16 where there is no bfloat16."""
     if name != "auto":
         return name
     if device.type != "cuda":

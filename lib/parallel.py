@@ -2,9 +2,9 @@
 number 0 of 1.
 
 Every process takes its share of a step's pairs. With DDP each device has a whole model. With FSDP2
-(--fsdp) it has a share of all weights, gradients and optimizer states, and gathers a block's weights
-when that block's turn comes. Either way AdamW sees the gradients that one process would see, up to
-rounding. Process 0 writes the files and talks.
+(--fsdp) it has a share of all weights, gradients and optimizer states, and gathers the weights of a
+block when that block's turn comes. Either way AdamW sees the gradients that one process would see,
+up to rounding. Process 0 writes the files and talks.
 """
 
 import os
@@ -35,7 +35,7 @@ def join():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
 
 
 def leave():
@@ -81,7 +81,7 @@ def bare(model):
 
 
 def micro_batches(model, batches):
-    """The step's micro-batches. Gradients are exchanged after the last one: once a step is enough."""
+    """The step's micro-batches. Processes exchange gradients after the last one: once a step."""
     for i, batch in enumerate(batches):
         last = i + 1 == len(batches)
         if isinstance(model, DDP):

@@ -1,5 +1,5 @@
-"""A model with its tokenizer: from nothing, from a checkpoint of ours or from a Hugging Face folder;
-what it makes of answers (log-probabilities), and answers of its own (samples)."""
+"""A model with its tokenizer: from nothing, a checkpoint of ours or a Hugging Face folder; what it
+makes of answers (log-probabilities), and its own answers (samples)."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -7,6 +7,7 @@ import shlex
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lib import checkpoint, parallel
 from lib.device import pick_device, settle
@@ -102,7 +103,7 @@ def check_free(folder):
 
 
 def run_name(given):
-    """A folder name that tells the flags given: toy-safedpo-delta5, toy-safedpo-delta5-lr0.001, …"""
+    """A folder name made of the flags given: toy-safedpo-delta5, toy-safedpo-delta5-lr0.001, …"""
     config = TrainConfig(**given)
     unnamed = ("data", "pairs", "delta", "out_dir", "resume", "verbose")
     delta = "" if config.delta is None else f"-delta{config.delta:g}"
@@ -115,9 +116,24 @@ def run_name(given):
     return plain.encode()[:100].decode(errors="ignore") + "-" + digest
 
 
-def choose_reference(config, digest, folder):
-    """The reference.pt of another run that this one begins with, or None. A resumed run stays with
-    what it chose at first. ValueError if its data have changed since then."""
+class Done(NamedTuple):
+    """What is trained already when a run begins or goes on."""
+
+    has_reference: bool  # in its own folder
+    has_policy: bool
+    borrowed: Path | None  # the reference of another run with the same settings and data
+    reference: Path | None  # its own, else the borrowed one
+
+
+def done_before(config, digest, folder):
+    """Done. ValueError if a resumed run's data have changed since it began."""
+    own, borrowed = folder / "reference.pt", borrowed_reference(config, digest, folder)
+    has_reference, has_policy = own.exists(), (folder / "policy.pt").exists()
+    return Done(has_reference, has_policy, borrowed, own if has_reference else borrowed)
+
+
+def borrowed_reference(config, digest, folder):
+    """The reference.pt of another run, or None. A resumed run stays with what it chose at first."""
     if config.resume:
         saved = checkpoint.read_json(folder / "config.json")
         if saved["data_sha256"] != digest:

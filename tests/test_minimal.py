@@ -10,7 +10,6 @@ from docs import minimal
 from village import world
 
 
-
 def test_its_losses_are_those_of_train(tmp_path, capsys):
     rows = {"train": world.splits(n_train=160)["train"], "test": world.splits()["test"][:8]}
     (tmp_path / "data").mkdir()
@@ -20,7 +19,9 @@ def test_its_losses_are_those_of_train(tmp_path, capsys):
     losses = minimal.main(5.0, data.load(str(tmp_path / "data")))
     assert "Δ = 5" in capsys.readouterr().out
 
-    flags = "--delta 5 --micro_batch_size 64 --eval_prompts 1 --max_new_tokens 1 --device cpu".split()
+    flags = (
+        "--delta 5 --micro_batch_size 64 --eval_prompts 1 --max_new_tokens 1 --device cpu".split()
+    )
     out = ["--out_dir", str(tmp_path / "run")]
     train.main([*flags, "--data", str(tmp_path / "data"), *out])
     with open(tmp_path / "run" / "metrics.jsonl") as f:

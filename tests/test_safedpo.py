@@ -104,7 +104,7 @@ def test_no_overflow_at_ten_thousand_nats():
             assert grad.isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_transform_truth_table():
@@ -166,7 +166,7 @@ def test_helpful_ignores_safety_and_harmless_ignores_helpfulness():
         assert PAIR_CHOICES["harmless"](flipped) == PAIR_CHOICES["harmless"](r)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_response_logps_against_a_plain_loop():
