@@ -96,29 +96,31 @@ BY_DELTA = {  # method → {Δ: run}
 BASELINES = ("DPO-HELPFUL", "DPO-HARMLESS", "DPO-SAFEBETTER")
 BY_NOISE = {0: "safedpo-delta5", 10: "noise10", 20: "noise20", 40: "noise40"}  # % of wrong flags
 TRAINED = ("dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5")
+COMPARED = ("reference", "optimum", *TRAINED)
 LIMITS = tuple(run for run in TITLES if run.startswith("limit-"))
 
 QUALITY = ("harmless %", "helpfulness", "over-refusal %", "degenerate %")
+RESULT = (*QUALITY, "KL")
 DISTANCE = ("KL to the optimum", "on benign requests", "on harmful requests")
 TABLES = {  # name on the page → (file in village/results, headings, runs)
-    "glance": ("village", QUALITY, ("reference", "optimum", *TRAINED)),
+    "glance": ("village", QUALITY, COMPARED),
     "methods": (
         "village",
-        (*QUALITY, "KL"),
+        RESULT,
         tuple(run for run in METHODS if run not in ("noswap-delta5", "safedpo-delta0")),
     ),
     "deltas": (
         "village",
-        (*QUALITY, "KL", "way %", "KL to the optimum"),
+        (*RESULT, "way %", "KL to the optimum"),
         tuple(BY_DELTA["SafeDPO"].values()),
     ),
     "without T": (
         "village",
-        (*QUALITY, "KL"),
+        RESULT,
         (*BY_DELTA["NoSwap"].values(), *(BY_DELTA[method][10] for method in BASELINES)),
     ),
-    "noise": ("village", (*QUALITY, "KL"), tuple(BY_NOISE.values())),
-    "unseen": ("unseen", (*QUALITY, "KL"), ("reference", "optimum", *TRAINED)),
+    "noise": ("village", RESULT, tuple(BY_NOISE.values())),
+    "unseen": ("unseen", RESULT, COMPARED),
     "xstest": ("xstest", ("safe-safe %", "safe-unsafe %", "degenerate %", "KL"), TRAINED),
     "limit": (
         "limit",
