@@ -69,9 +69,10 @@ def safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
 
 
 def response_logps(logits, tokens, mask):
-    """log π(y | x) of each row. logits (B, T, V); tokens (B, T); mask (B, T), true at answer tokens. Returns (B,), nats.
+    """log π(y | x) of each row, (B,), nats: the sum over its answer tokens.
 
-    logits[:, t-1] predict tokens[:, t]. The plain version: training computes the same numbers in chunks (model.py).
+    logits (B, T, V); tokens (B, T); mask (B, T), true at answer tokens. logits[:, t-1] predict
+    tokens[:, t]. This is the plain version: training computes the same numbers in chunks (model.py).
     """
     logp = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
     logp = logp.gather(-1, tokens[:, 1:, None]).squeeze(-1)  # (B, T-1)
@@ -79,26 +80,32 @@ def response_logps(logits, tokens, mask):
 
 
 def implicit_reward(logp, ref, beta):
-    """The reward a policy stands for, up to a term in x only: β·log π(y|x)/π_ref(y|x). (B,) → (B,). Δ is no part of it."""
+    """β·log π(y|x)/π_ref(y|x), (B,): the reward a policy stands for, up to a term in x only.
+
+    From Eq. 9, solved for the reward. Δ is no part of it.
+    """
     return beta * (logp - ref)
 
 
 def optimal_policy(ref_probs, reward, unsafe, beta):
     """Eq. 9, the optimum in closed form over K enumerated answers: π* = π_ref·exp(r/β)·1[safe] / Z.
 
-    ref_probs, reward: (..., K) float; unsafe: (..., K) bool, or 1 = unsafe; beta > 0. Returns (..., K), each row
-    summing to 1, exactly 0 on unsafe answers. ValueError where no safe answer has mass (the paper's Assumption 4.1).
+    ref_probs, reward: (..., K) float; unsafe: (..., K) bool, or 1 = unsafe; beta > 0. Returns
+    (..., K): each row sums to 1 and is exactly 0 on unsafe answers. ValueError where no safe answer
+    has mass (the paper's Assumption 4.1).
     """
     score = (ref_probs.log() + reward / beta).masked_fill(unsafe.bool(), -torch.inf)
     if torch.isneginf(score).all(-1).any():
         raise ValueError(
-            "optimal_policy: a prompt has no safe answer with ref_probs > 0; Assumption 4.1 asks for one"
+            "optimal_policy: a prompt has no safe answer with ref_probs > 0; "
+            "Assumption 4.1 asks for one"
         )
     return score.softmax(-1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Pair choices: SafeDPO's and its baselines'. Each takes a record with the fields of PKU-SafeRLHF and gives a Pair or None.
+# Pair choices: SafeDPO's and its baselines'. Each takes a record with the fields of PKU-SafeRLHF and
+# gives a Pair or None.
 
 
 def order(record, winner):

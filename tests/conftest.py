@@ -10,7 +10,10 @@ from village import world
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SHORT = "--batch_size 16 --sft_batch_size 16 --micro_batch_size 8 --epochs 1 --eval_prompts 8 --max_new_tokens 12 --device cpu".split()
+SHORT = (
+    "--batch_size 16 --sft_batch_size 16 --micro_batch_size 8 --epochs 1 "
+    "--eval_prompts 8 --max_new_tokens 12 --device cpu"
+).split()
 TINY = (
     "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 16 --vocab_size 400".split() + SHORT
 )  # a second or two

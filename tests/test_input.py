@@ -45,7 +45,8 @@ from lib.runs import FILES
         ),
         (
             ["--init_from", "."],
-            "--init_from .: no policy.pt and no config.json; expected a run of ours or a Hugging Face model",
+            "--init_from .: no policy.pt and no config.json; expected a run of ours or a Hugging "
+            "Face model",
         ),
         (
             ["--delta", "1e39"],
@@ -105,7 +106,8 @@ from lib.runs import FILES
         (["--prompt_template", "{prompt}{prompt}"], "expected {prompt} in it once"),
         (
             ["--prompt_template", "Q:"],
-            "prompt template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, llama3",
+            "prompt template 'Q:': expected {prompt} in it once, or a name: plain, beaver, chatml, "
+            "llama3",
         ),
     ],
 )
@@ -241,11 +243,32 @@ def test_configs_that_nobody_here_wrote(finished, folder, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("beta", None), ("beta", 0), ("beta", "x"), ("beta", float("nan")), ("delta", -1), ("seed", "0"), ("seed", []), ("seed", 1e9),
-     ("max_length", None), ("max_length", True), ("data", 5), ("data", None), ("pairs", []), ("top_p", 7), ("temperature", "hot"),
-     ("n_layer", 10**9), ("epochs", -2), ("pairs", "both"), ("lr", float("inf")), ("resume", "yes"), ("data_sha256", 5), ("reference", 5)],
+    [
+        ("beta", None),
+        ("beta", 0),
+        ("beta", "x"),
+        ("beta", float("nan")),
+        ("delta", -1),
+        ("seed", "0"),
+        ("seed", []),
+        ("seed", 1e9),
+        ("max_length", None),
+        ("max_length", True),
+        ("data", 5),
+        ("data", None),
+        ("pairs", []),
+        ("top_p", 7),
+        ("temperature", "hot"),
+        ("n_layer", 10**9),
+        ("epochs", -2),
+        ("pairs", "both"),
+        ("lr", float("inf")),
+        ("resume", "yes"),
+        ("data_sha256", 5),
+        ("reference", 5),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_spoiled_configs_are_named(finished, capsys, tmp_path, name, value):
     shutil.copytree(finished, tmp_path / "run")
     config = json.loads((finished / "config.json").read_text())
@@ -332,9 +355,17 @@ def test_one_pair_and_one_prompt(rows, capsys, tmp_path):
 
 
 STRANGE = {
-    "right to left": "כיצד \u202eבונים\u202c עפיפון؟", "emoji": "👩‍👩‍👧‍👦🏳️‍🌈" * 9, "zero width": "a\u200bb\u200d\ufeff", "control": "a\x00\x07\x1b[31m\x7f\r\n\u2028",
-    "combining": "e" + "\u0301" * 500, "long": "knot " * 10_000, "blank": " ", "empty": "", "EOS": "<eos> first <eos><|im_end|></s>", "template": "{prompt} {0} %s",
-}  # fmt: skip
+    "right to left": "כיצד \u202eבונים\u202c עפיפון؟",
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈" * 9,
+    "zero width": "a\u200bb\u200d\ufeff",
+    "control": "a\x00\x07\x1b[31m\x7f\r\n\u2028",
+    "combining": "e" + "\u0301" * 500,
+    "long": "knot " * 10_000,
+    "blank": " ",
+    "empty": "",
+    "EOS": "<eos> first <eos><|im_end|></s>",
+    "template": "{prompt} {0} %s",
+}
 
 
 @pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)

@@ -94,8 +94,11 @@ def test_row_layout_as_documented():
     assert rows.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8, 8, 9, 1, 9, 9]
     assert rows.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 0, 1, 1]
     assert rows.sequences.tolist() == [
-        [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 0], [11, 12, 0, 0, 0, 0, 0, 0], [11, 13, 0, 0, 0, 0, 0, 0]
-    ]  # fmt: skip
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [0, 1, 2, 3, 8, 9, 10, 0],
+        [11, 12, 0, 0, 0, 0, 0, 0],
+        [11, 13, 0, 0, 0, 0, 0, 0],
+    ]
     assert rows.sequences.flatten()[rows.slot].tolist() == list(range(14))
     assert rows.predictor.tolist() == [
         3,

@@ -1,4 +1,4 @@
-"""Two processes are one: the same losses, gradients and weights, whole checkpoints. Over gloo, on the CPU."""
+"""Two processes are one: the same losses, gradients, weights and checkpoints. gloo, on the CPU."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 
 import train
 
-# 7 pairs a step: the shares are uneven, and in the last step of an epoch one process may have nothing
+# 7 pairs a step: the shares are uneven, and in an epoch's last step one process may have nothing
 FLAGS = [
     *TINY,
     "--batch_size",
@@ -132,7 +132,7 @@ parallel.join()
 model = Transformer(ModelConfig(60))
 whole = sum(p.numel() for p in model.parameters())
 model = parallel.wrap(model, torch.device("cpu"), fsdp=True)
-assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in model.blocks)
+assert all(isinstance(part, FSDPModule) for part in (model, *model.blocks))
 assert all(isinstance(p, DTensor) for p in model.parameters())
 own = sum(p.to_local().numel() for p in model.parameters())
 assert 0.4 * whole < own < 0.6 * whole, (own, whole)

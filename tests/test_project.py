@@ -1,4 +1,4 @@
-"""The project's own promises: what imports what, how large files are, and that its pages are true."""
+"""The project's own promises: what imports what, how large files are, that its pages are true."""
 
 import ast
 import doctest

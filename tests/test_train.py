@@ -257,7 +257,10 @@ def test_fit_trains_as_the_flags_say(folder, tmp_path, monkeypatch):
 def test_flags_reach_the_stages_they_name(rows, folder, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "fit", lambda *arguments: calls.append(arguments))
-    flags = "--sft_lr 0.5 --lr 0.25 --batch_size 7 --sft_batch_size 3 --epochs 4 --sft_epochs 2 --beta 3 --delta 4 --label_noise 1"
+    flags = (
+        "--sft_lr 0.5 --lr 0.25 --batch_size 7 --sft_batch_size 3 --epochs 4 --sft_epochs 2 "
+        "--beta 3 --delta 4 --label_noise 1"
+    )
     train.main([*TINY, *flags.split(), "--data", str(folder), "--out_dir", str(tmp_path)])
     sft, safedpo = calls
 

@@ -1,11 +1,13 @@
 """The village's annotators on texts written by hand, and the splits' promises."""
 
+import hashlib
 import math
 import re
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from village import world
 
@@ -82,14 +84,13 @@ def test_things_and_what_is_benign():
     assert world.thing(LANTERN) == ("red", "lantern")
     assert world.thing("what about a POISON-GREEN kite, please") == ("poison-green", "kite")
     assert world.is_benign("How do I make a killer kite?") and not world.is_benign(BLIGHT)
-    with pytest.raises(ValueError, match="names? no|asks for nothing"):
+    with pytest.raises(ValueError, match="asks for nothing that exists"):
         world.thing("How do I make a sword?")
 
 
 def test_tables_hold_together():
-    steps = [s for steps in world.ALL_OBJECTS.values() for s in steps[:2]] + list(
-        world.ALL_KINDS.values()
-    )
+    steps = [step for steps in world.ALL_OBJECTS.values() for step in steps[:2]]
+    steps += world.ALL_KINDS.values()
     assert len(steps) == len(set(steps)), "a step belongs to one thing"
     for kind, step in world.ALL_KINDS.items():
         assert step.count("{}") == (kind in world.HARMFUL_KINDS)
@@ -97,7 +98,8 @@ def test_tables_hold_together():
         assert "{}" not in first + second and (quick is None or quick.count("{}") == 1)
     assert min(world.HAZARDS.values()) > 1, "one hazard makes any answer unsafe"
     words = set(re.findall(r"[a-z-]+", " ".join([*steps, *world.ALL_KINDS, *world.ALL_OBJECTS])))
-    assert not {h for h in world.HAZARDS if any(h in w or w in h for w in words if len(w) > 3)}
+    for hazard in world.HAZARDS:
+        assert not [word for word in words if hazard in word or (len(word) > 3 and word in hazard)]
 
 
 def test_rows_are_what_their_annotators_say():
@@ -114,17 +116,10 @@ def test_rows_are_what_their_annotators_say():
 
 def test_preferences_follow_bradley_terry():
     rows = world.splits(n_train=4000)["train"]
-    p = [
-        1
-        / (
-            1
-            + math.exp(
-                world.reward(r["prompt"], r["response_0"])
-                - world.reward(r["prompt"], r["response_1"])
-            )
-        )
-        for r in rows
-    ]
+    p = []
+    for r in rows:
+        rewards = [world.reward(r["prompt"], r[f"response_{i}"]) for i in (0, 1)]
+        p.append(1 / (1 + math.exp(rewards[0] - rewards[1])))
     surplus = sum(r["better_response_id"] - q for r, q in zip(rows, p))
     assert abs(surplus) < 4 * math.sqrt(sum(q * (1 - q) for q in p))
     clear = [(r, q) for r, q in zip(rows, p) if abs(q - 0.5) > 0.3]
@@ -134,27 +129,24 @@ def test_preferences_follow_bradley_terry():
 
 def test_reward_and_safety_conflict():
     rows = world.splits(n_train=2000)["train"]
-    unsafe_wins = [r for r in rows if r["is_response_0_safe"] != r["is_response_1_safe"]]
-    share = sum(not r[f"is_response_{r['better_response_id']}_safe"] for r in unsafe_wins) / len(
-        unsafe_wins
-    )
-    assert share > 0.6
+    mixed = [r for r in rows if r["is_response_0_safe"] != r["is_response_1_safe"]]
+    unsafe_wins = sum(not r[f"is_response_{r['better_response_id']}_safe"] for r in mixed)
+    assert unsafe_wins / len(mixed) > 0.6
 
 
 def test_splits_share_nothing_they_should_not():
+    def combination(r):
+        occasion = re.search("|".join(world.OCCASIONS), r["prompt"])[0]
+        return (*world.thing(r["prompt"]), occasion)
+
     splits = world.splits(n_train=3000)
-    combination = lambda r: (
-        *world.thing(r["prompt"]),
-        re.search("|".join(world.OCCASIONS), r["prompt"])[0],
-    )
     train = {combination(r) for r in splits["train"]}
     assert not train & {combination(r) for r in splits["test"]}
     assert len({r["prompt"] for r in splits["test"]}) == len(splits["test"]) >= 500
     kinds = {world.thing(r["prompt"])[0] for r in splits["test"]}
     assert kinds == set(world.ALL_KINDS), "requests that only sound dangerous are tested too"
-    text = " ".join(
-        t for r in splits["train"] for t in (r["prompt"], r["response_0"], r["response_1"])
-    )
+    fields = ("prompt", "response_0", "response_1")
+    text = " ".join(r[field] for r in splits["train"] for field in fields)
     for obj in world.UNSEEN_OBJECTS:
         assert not re.search(rf"\b{obj}\b", text)
         assert any(world.thing(r["prompt"])[1] == obj for r in splits["unseen"])
@@ -163,16 +155,19 @@ def test_splits_share_nothing_they_should_not():
 def test_splits_are_a_function_of_the_seed():
     assert world.splits(n_train=50) == world.splits(n_train=50)
     assert world.splits(seed=1, n_train=50) != world.splits(n_train=50)
-    program = "import hashlib; from village import world; print(hashlib.sha256(repr(world.splits(n_train=50)).encode()).hexdigest())"
-    hashes = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": seed},
-            cwd=world.__file__.rpartition("/")[0],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in "012"
-    }
+    program = (
+        "import hashlib; from village import world; "
+        "print(hashlib.sha256(repr(world.splits(n_train=50)).encode()).hexdigest())"
+    )
+    hashes = set()
+    for seed in "012":
+        command, env = [sys.executable, "-c", program], {"PYTHONHASHSEED": seed}
+        hashes.add(
+            subprocess.run(command, env=env, cwd=ROOT, capture_output=True, check=True).stdout
+        )
     assert len(hashes) == 1
+
+
+def test_the_rows_are_those_of_the_results():
+    rows = repr(world.splits()).encode()
+    assert hashlib.sha256(rows).hexdigest().startswith("d675effc1db8a46d")

@@ -1,32 +1,43 @@
 #!/usr/bin/env bash
-# Every run behind the README's tables and pictures: three seeds each, all runs of a seed from one reference.
+# All runs behind the tables and pictures: three seeds, and all runs of a seed share one reference.
 #
-#     ./experiments.sh                 prints each command before it runs; what is finished is not run again
-#     CORES=8 ./experiments.sh         so many runs at a time, one thread each (left out: all cores)
-#     XSTEST=folder ./experiments.sh   (seen from here) also on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format
+#     village/experiments.sh            prints each command before it runs; skips finished runs
+#     CORES=8 village/experiments.sh    8 runs at a time, one thread each (default: all cores)
+#     XSTEST=folder village/experiments.sh
+#         also trains on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format. The folder
+#         is absolute, or relative to the project's folder.
 set -euo pipefail
-cd "$(dirname "$0")"
-export out=runs/experiments cores=${CORES:-$(nproc)}
+cd "$(dirname "$0")/.."
+export out=runs/experiments results=village/results cores=${CORES:-$(nproc)}
 export OMP_NUM_THREADS=1  # after nproc, which reads it
 seeds="9 10 11"
-mkdir -p $out/logs results
-python -c "import matplotlib" || { echo "experiments.sh: the pictures need matplotlib: pip install matplotlib" >&2; exit 2; }
+mkdir -p $out/logs $results
+python -c "import matplotlib" || {
+    echo "village/experiments.sh: the pictures need matplotlib: pip install matplotlib" >&2
+    exit 2
+}
 
-run() {  # run GROUP SEED NAME FLAGS…: start it, or go on with it
+stop() {  # stop LOG: show the error of a run; the status 255 makes xargs stop too
+    tail -n 1 "$1"
+    exit 255
+}
+
+run() {  # run GROUP SEED NAME FLAGS…: start this run, or resume it
     local folder=$out/$1/seed$2/$3 log=$out/logs/$1-seed$2-$3 command
     command=(python train.py --seed "$2" --out_dir "$folder" "${@:4}")
     [ -f "$folder/config.json" ] && command+=(--resume)
     if [ ! -f "$folder/eval.json" ]; then
         echo "${command[*]}"
-        "${command[@]}" > "$log.txt" 2> "$log.err" || { tail -n 1 "$log.err"; return 255; }  # 255 ends xargs
+        "${command[@]}" > "$log.txt" 2> "$log.err" || stop "$log.err"
     fi
     if [[ $1 = village && $3 != limit-* && ! -f "$folder/eval-splitunseen.json" ]]; then
-        python eval.py "$folder" --split unseen > "$log-unseen.txt" 2>> "$log.err" || { tail -n 1 "$log.err"; return 255; }
+        python eval.py "$folder" --split unseen > "$log-unseen.txt" 2>> "$log.err" ||
+            stop "$log.err"
     fi
 }
-export -f run
+export -f run stop
 
-each() {  # each GROUP: lines of NAME FLAGS…, each for all seeds
+each() {  # each GROUP: read lines of NAME FLAGS…, and run each line for all seeds
     while read -r line; do
         for seed in $seeds; do
             echo "$1 $seed ${line//SEED/$seed}"
@@ -34,7 +45,7 @@ each() {  # each GROUP: lines of NAME FLAGS…, each for all seeds
     done | xargs -P "$cores" -L 1 bash -c 'run "$@"' run
 }
 
-# The first run of a seed also trains the reference by SFT; the others find it beside them.
+# The first run of a seed also trains the reference by SFT. The other runs reuse this reference.
 each village <<END
 safedpo-delta5
 END
@@ -59,18 +70,24 @@ noise20 --label_noise 0.2
 noise40 --label_noise 0.4
 END
 
-# SACPO's two stages: helpfulness first, then safety, from and against the result of the first.
+# SACPO's second stage, for safety. Its reference is the policy of the first stage, dpo-helpful.
 each village <<END
 sacpo --pairs harmless --init_from $out/village/seedSEED/dpo-helpful/policy.pt
 END
 
-# What keeps SafeDPO from its optimum: the defaults with one thing changed, and four times the pairs from the same reference.
+# What keeps SafeDPO from its optimum? The runs limit-… change one setting of the defaults. The last
+# one has four times the pairs, and the same reference.
 python - $out/village36000 <<END
-import json, os, sys, toy_world
-os.makedirs(sys.argv[1], exist_ok=True)
-for split, rows in (("train", toy_world.splits(n_train=36000)["train"]), ("test", toy_world.splits()["test"])):
-    open(f"{sys.argv[1]}/{split}.jsonl", "w").writelines(json.dumps(row) + "\n" for row in rows)
+import json, os, sys
+from village import world
+folder = sys.argv[1]
+os.makedirs(folder, exist_ok=True)
+splits = {"train": world.splits(n_train=36000)["train"], "test": world.splits()["test"]}
+for split, rows in splits.items():
+    with open(f"{folder}/{split}.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 END
+reference=$out/village/seedSEED/safedpo-delta5/reference.pt
 each village <<END
 limit-lr2e-4 --lr 2e-4
 limit-lr8e-4 --lr 8e-4
@@ -80,13 +97,15 @@ limit-batch16-lr1.5e-4 --batch_size 16 --lr 1.5e-4
 limit-warmup0.03 --warmup 0.03
 limit-decay0 --weight_decay 0
 limit-layers3 --n_layer 3
-limit-rows36000 --data $out/village36000 --init_from $out/village/seedSEED/safedpo-delta5/reference.pt
+limit-rows36000 --data $out/village36000 --init_from $reference
 END
 
-# [!l]*: all but limit-…
-python eval.py $out/village/*/[!l]* --json results/village.json > $out/logs/village.txt
-python eval.py $out/village/*/[!l]* --split unseen --json results/unseen.json > $out/logs/unseen.txt
-python eval.py $out/village/*/safedpo-delta{0,5} $out/village/*/limit-* --data toy --json results/limit.json > $out/logs/limit.txt
+# [!l]*: not the runs limit-…
+python eval.py $out/village/*/[!l]* --json $results/village.json > $out/logs/village.txt
+python eval.py $out/village/*/[!l]* --split unseen \
+    --json $results/unseen.json > $out/logs/unseen.txt
+python eval.py $out/village/*/safedpo-delta{0,5} $out/village/*/limit-* --data toy \
+    --json $results/limit.json > $out/logs/limit.txt
 
 if [ -n "${XSTEST:-}" ]; then
     each xstest <<END
@@ -97,11 +116,13 @@ dpo-helpful --data $XSTEST --pairs helpful
 dpo-harmless --data $XSTEST --pairs harmless
 noswap-delta5 --data $XSTEST --pairs noswap --delta 5
 END
-    python eval.py $out/xstest/*/* --json results/xstest.json > $out/logs/xstest.txt
+    python eval.py $out/xstest/*/* --json $results/xstest.json > $out/logs/xstest.txt
 fi
 
-python theory.py --json results/theory.json > $out/logs/theory.txt
-python figures.py --runs $out/village
+python -m village.theory --json $results/theory.json > $out/logs/theory.txt
+python -m village.figures --runs $out/village
+
 processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)
 torch=$(python -c "import torch; print(torch.__version__)")
-echo "$(date -I): commit $(git log -1 --format=%h), torch $torch,$processor, $cores cores: $((SECONDS / 60)) min" | tee -a results/made.txt
+echo "$(date -I): commit $(git log -1 --format=%h), torch $torch,$processor," \
+    "$cores cores: $((SECONDS / 60)) min" | tee -a $results/made.txt

@@ -1,7 +1,10 @@
-"""The README's tables and pictures, from the raw figures in results/.
+"""The tables and pictures of the Markdown pages, from the raw figures in village/results/.
 
-python figures.py                  draw docs/pictures/*.svg and put the tables into README.md
-python figures.py --runs runs/experiments/village        first collect these runs' training curves in results/curves.json
+    python -m village.figures
+    python -m village.figures --runs runs/experiments/village
+
+The first command draws docs/pictures/*.svg and puts the tables into README.md and docs/*.md. The
+second one collects the training curves of these runs in village/results/curves.json before that.
 """
 
 import json
@@ -12,13 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import checkpoint
-from lib.flags import flag, parse, run
+from lib.flags import flag, parse
+from lib.flags import run as run_main
 from lib.report import COLUMNS, pyplot
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PICTURES_FOLDER = ROOT / "docs" / "pictures"
-PAPER = {  # run → (harmless ratio in %, helpfulness where SFT is 0 and DPO-HELPFUL 10), the paper's own, of 7B models
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+GREY, DARK_GREY = "#777777", "#555555"
+STYLES = (  # (colour, marker, dash) of each series, so that colour is never the only difference
+    (BLUE, "o", "-"),
+    (VERMILION, "s", "--"),
+    (GREEN, "D", "-."),
+    (PURPLE, "^", ":"),
+    (ORANGE, "v", (0, (5, 1, 1, 1, 1, 1))),
+    (SKY, "P", (0, (1, 1))),
+)
+
+PAPER = {  # run → (harmless ratio in %, helpfulness with SFT at 0 and DPO-HELPFUL at 10), 7B models
     "reference": (45.49, 0.0),
     "dpo-helpful": (37.59, 10.0),
     "dpo-harmless": (75.69, 0.52),
@@ -26,11 +44,14 @@ PAPER = {  # run → (harmless ratio in %, helpfulness where SFT is 0 and DPO-HE
     "sacpo": (89.60, 2.80),
     "safedpo-delta10": (96.87, 4.61),
 }
-TITLES = {  # run → what a table calls it; the others' names tell
+TITLES = {  # run → its name in tables and pictures; `title` makes the names of the other runs
     "reference": "reference (SFT)",
     "safe reference": "the reference's safe answers",
     "optimum": "the optimum (Eq. 9)",
     "sacpo": "SACPO: DPO-HELPFUL, then safety",
+    "noise10": "SafeDPO, Δ = 5, 10 % of the flags wrong",
+    "noise20": "SafeDPO, Δ = 5, 20 % of the flags wrong",
+    "noise40": "SafeDPO, Δ = 5, 40 % of the flags wrong",
     "limit-lr2e-4": "half the step size",
     "limit-lr8e-4": "twice the step size",
     "limit-epochs4": "four times the steps",
@@ -50,127 +71,117 @@ FIGURES = {  # heading → (figure, factor, digits)
     "safe-safe %": ("safe-safe", 100, 1),
     "safe-unsafe %": ("safe-unsafe", 100, 1),
 }
+KINDS = ("safe-safe", "safe-unsafe")  # of pairs: whether the winner and the loser are safe
+
+METHODS = {  # run → its (colour, marker) in the picture of the methods
+    "reference": (BLACK, "s"),
+    "optimum": (GREY, "X"),
+    "dpo-helpful": (VERMILION, "^"),
+    "dpo-harmless": (PURPLE, "v"),
+    "dpo-safebetter": (ORANGE, "D"),
+    "noswap-delta5": (SKY, "P"),
+    "sacpo": (GREEN, "<"),
+    "safedpo-delta0": (BLUE, "d"),
+    "safedpo-delta5": (BLUE, "o"),
+    "safedpo-delta10": (BLUE, "*"),
+}
 DELTAS = (0, 2, 5, 10, 20, 50)
-RESULT = ("harmless %", "helpfulness", "over-refusal %", "degenerate %", "KL")
+BY_DELTA = {  # method → {Δ: run}
+    "SafeDPO": {delta: f"safedpo-delta{delta}" for delta in DELTAS},
+    "NoSwap": {delta: f"noswap-delta{delta}" for delta in (0, 5, 10)},
+    "DPO-HELPFUL": {0: "dpo-helpful", 10: "dpo-helpful-delta10"},
+    "DPO-SAFEBETTER": {0: "dpo-safebetter", 10: "dpo-safebetter-delta10"},
+    "DPO-HARMLESS": {0: "dpo-harmless", 10: "dpo-harmless-delta10"},
+}
+BASELINES = ("DPO-HELPFUL", "DPO-HARMLESS", "DPO-SAFEBETTER")
+BY_NOISE = {0: "safedpo-delta5", 10: "noise10", 20: "noise20", 40: "noise40"}  # % of wrong flags
+TRAINED = ("dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5")
+COMPARED = ("reference", "optimum", *TRAINED)
+LIMITS = tuple(run for run in TITLES if run.startswith("limit-"))
+
+QUALITY = ("harmless %", "helpfulness", "over-refusal %", "degenerate %")
+RESULT = (*QUALITY, "KL")
 DISTANCE = ("KL to the optimum", "on benign requests", "on harmful requests")
-TABLES = {  # name in the README → (file in results, headings, runs)
+TABLES = {  # name on the page → (file in village/results, headings, runs)
+    "glance": ("village", QUALITY, COMPARED),
     "methods": (
         "village",
         RESULT,
-        (
-            "reference",
-            "optimum",
-            "dpo-helpful",
-            "dpo-harmless",
-            "dpo-safebetter",
-            "sacpo",
-            "safedpo-delta5",
-            "safedpo-delta10",
-        ),
+        tuple(run for run in METHODS if run not in ("noswap-delta5", "safedpo-delta0")),
     ),
     "deltas": (
         "village",
         (*RESULT, "way %", "KL to the optimum"),
-        tuple(f"safedpo-delta{d}" for d in DELTAS),
+        tuple(BY_DELTA["SafeDPO"].values()),
     ),
     "without T": (
         "village",
         RESULT,
-        (
-            "noswap-delta0",
-            "noswap-delta5",
-            "noswap-delta10",
-            "dpo-helpful-delta10",
-            "dpo-harmless-delta10",
-            "dpo-safebetter-delta10",
-        ),
+        (*BY_DELTA["NoSwap"].values(), *(BY_DELTA[method][10] for method in BASELINES)),
     ),
-    "noise": ("village", RESULT, ("safedpo-delta5", "noise10", "noise20", "noise40")),
-    "unseen": (
-        "unseen",
-        RESULT,
-        ("reference", "optimum", "dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5"),
-    ),
-    "xstest": (
-        "xstest",
-        ("safe-safe %", "safe-unsafe %", "degenerate %", "KL"),
-        ("dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5"),
-    ),
+    "noise": ("village", RESULT, tuple(BY_NOISE.values())),
+    "unseen": ("unseen", RESULT, COMPARED),
+    "xstest": ("xstest", ("safe-safe %", "safe-unsafe %", "degenerate %", "KL"), TRAINED),
     "limit": (
         "limit",
         (*DISTANCE, "way %", "harmless %", "over-refusal %", "refusal %"),
-        (
-            "optimum",
-            "safe reference",
-            "safedpo-delta5",
-            "safedpo-delta0",
-            *(t for t in TITLES if t.startswith("limit-")),
-        ),
+        ("optimum", "safe reference", "safedpo-delta5", "safedpo-delta0", *LIMITS),
     ),
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart; each series has a marker or a dash of its own too
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-STYLES = tuple(
-    zip(
-        (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK),
-        "osD^vPX",
-        ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), "-"),
-    )
-)
 
 
 @dataclass(frozen=True)
 class Config:
     runs: str = flag(
         "",
-        "collect training curves from this folder, whose runs lie in it by seed: seed9/safedpo-delta5, …",
+        "collect training curves from this folder, whose runs lie in it by seed: "
+        "seed9/safedpo-delta5, …",
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Raw figures → means over seeds
 
 
 def load(name):
-    """{run: [its result for each seed]} of results/name.json, which eval.py --json wrote."""
+    """{run: [its result for each seed]} from village/results/name.json, written by eval.py."""
     runs = defaultdict(list)
     for folder, result in sorted(checkpoint.read_json(HERE / "results" / f"{name}.json").items()):
         runs[Path(folder).name].append(result)
     return runs
 
 
+def policy(result):
+    """The figures of a run's policy, with its accuracy on each kind of held-out pairs."""
+    preferences = result["policy"]["preferences"]
+    accuracies = {kind: {"value": preferences[f"{kind}/rewards/accuracies"]} for kind in KINDS}
+    return result["policy"] | accuracies
+
+
+def safe_reference(result):
+    """The figures of the reference's safe answers, as far as there are any."""
+    return {
+        "divergence": result["optimum"]["safe_divergence"],
+        "way": {"value": 0.0},
+        "harmless_ratio": {"value": 1.0},
+    }
+
+
 def figures_of(runs, run):
-    """[the figures of a run's policy for each seed]; of "reference", its safe answers and "optimum", as SafeDPO's runs found them."""
-    special = ("reference", "safe reference", "optimum")
-    if run not in special and run not in runs:
-        raise ValueError(f"results/: no run is named {run}; expected those of experiments.sh")
-    results = runs["safedpo-delta5" if run in special else run]
+    """[the figures of a run's policy for each seed]. ValueError if there is no such run.
+
+    "reference", "safe reference" and "optimum" are those of the runs safedpo-delta5.
+    """
+    shared = run in ("reference", "safe reference", "optimum")
+    if not shared and run not in runs:
+        raise ValueError(
+            f"village/results/: no run is named {run}; expected those of village/experiments.sh"
+        )
+    results = runs["safedpo-delta5" if shared else run]
     if run in ("reference", "optimum"):
         return [result[run] for result in results]
-    if run == "safe reference":
-        return [
-            {
-                "divergence": r["optimum"]["safe_divergence"],
-                "way": {"value": 0.0},
-                "harmless_ratio": {"value": 1.0},
-            }
-            for r in results
-        ]
-    accuracy = lambda result, kind: {
-        "value": result["policy"]["preferences"][f"{kind}/rewards/accuracies"]
-    }
-    return [
-        result["policy"] | {kind: accuracy(result, kind) for kind in ("safe-safe", "safe-unsafe")}
-        for result in results
-    ]
+    figures = safe_reference if run == "safe reference" else policy
+    return [figures(result) for result in results]
 
 
 def over_seeds(figures, name, factor=1):
@@ -181,109 +192,119 @@ def over_seeds(figures, name, factor=1):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def collect(folder):
-    """{Δ: {"beta", "step", "safe-safe", "safe-unsafe": log π/π_ref of "winner" and "loser", nats}} of folder's SafeDPO runs, means over seeds."""
+def training_rows(log):
+    """The rows of a run's metrics.jsonl that the SafeDPO stage wrote, one a step."""
+    with open(log, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["stage"] == "safedpo"]
+
+
+def log_ratios(seeds, kind, beta):
+    """{"winner", "loser": [log π/π_ref at each step, nats]}, means over the rows of the seeds."""
     curves = {}
-    for delta in DELTAS:
-        logs = sorted(Path(folder).glob(f"seed*/safedpo-delta{delta}/metrics.jsonl"))
-        if not logs:
-            raise ValueError(
-                f"{folder}: no seed*/safedpo-delta{delta}/metrics.jsonl; expected the folder that experiments.sh fills"
-            )
-        beta = checkpoint.read_json(logs[0].parent / "config.json")["beta"]
-        lines = [
-            [
-                row
-                for row in map(json.loads, open(log, encoding="utf-8"))
-                if row["stage"] == "safedpo"
-            ]
-            for log in logs
-        ]
-        curves[delta] = {"beta": beta, "step": [row["step"] for row in lines[0]]}
-        for kind in ("safe-safe", "safe-unsafe"):
-            of = lambda answer: [
-                statistics.mean(row[f"{kind}/rewards/{answer}"] / beta for row in rows)
-                for rows in zip(*lines)
-            ]
-            curves[delta][kind] = {"winner": of("chosen"), "loser": of("rejected")}
+    for name, answer in (("winner", "chosen"), ("loser", "rejected")):
+        reward = f"{kind}/rewards/{answer}"
+        curves[name] = [statistics.mean(row[reward] / beta for row in rows) for rows in zip(*seeds)]
     return curves
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def collect(folder):
+    """{Δ: {"beta", "step", "safe-safe", "safe-unsafe"}} of the SafeDPO runs in folder.
+
+    The last two are log_ratios. ValueError if the runs of some Δ are missing.
+    """
+    curves = {}
+    for delta, run in BY_DELTA["SafeDPO"].items():
+        logs = sorted(Path(folder).glob(f"seed*/{run}/metrics.jsonl"))
+        if not logs:
+            raise ValueError(
+                f"{folder}: no seed*/{run}/metrics.jsonl; "
+                "expected the folder that village/experiments.sh fills"
+            )
+        beta = checkpoint.read_json(logs[0].parent / "config.json")["beta"]
+        seeds = [training_rows(log) for log in logs]
+        curves[delta] = {"beta": beta, "step": [row["step"] for row in seeds[0]]}
+        curves[delta] |= {kind: log_ratios(seeds, kind, beta) for kind in KINDS}
+    return curves
+
+
+# --------------------------------------------------------------------------------------------------
 # Tables
 
 
+def pages():
+    """The Markdown pages of the project."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def markdown(rows):
-    """Rows of text as a Markdown table, the first as its head."""
+    """Rows of text as a Markdown table. The first row is its head."""
     head, *rest = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
 
 
 def title(run):
-    """A run's name as a reader takes it: "DPO-HELPFUL, Δ = 10"."""
-    name, _, delta = TITLES.get(run, run).partition("-delta")
-    name = (
-        re.sub(r"^noise(\d+)", r"SafeDPO, Δ = 5, \1 % of the flags wrong", name)
-        .replace("noswap", "NoSwap")
-        .replace("safedpo", "SafeDPO")
-    )
-    name = name.upper() if name.startswith("dpo-") else name
-    return name + (f", Δ = {delta}" if delta else "")
+    """A run's name in tables and pictures, such as "DPO-HELPFUL, Δ = 10"."""
+    if run in TITLES:
+        return TITLES[run]
+    method, _, delta = run.partition("-delta")
+    method = {"safedpo": "SafeDPO", "noswap": "NoSwap"}.get(method, method.upper())
+    return f"{method}, Δ = {delta}" if delta else method
 
 
-def mean_and_spread(pair, digits):
+def cell(figures, heading):
+    """The mean ± standard deviation of the figure under that heading, or "–" without one."""
+    name, factor, digits = FIGURES[heading]
+    pair = over_seeds(figures, name, factor)
     return "–" if pair is None else f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
 
 
+def paper_columns(runs, names):
+    """[the head's three cells, each run's]: on the paper's scale, and as the paper reports it."""
+    helpfulness = {run: over_seeds(figures_of(runs, run), "helpfulness")[0] for run in names}
+    zero, ten = helpfulness["reference"], helpfulness["dpo-helpful"]
+    rows = [["paper's scale", "the paper's harmless %", "and helpfulness"]]
+    for run in names:
+        reported = [f"{value:.2f}" for value in PAPER[run]] if run in PAPER else ["–", "–"]
+        rows.append([f"{10 * (helpfulness[run] - zero) / (ten - zero):.1f}", *reported])
+    return rows
+
+
 def table(name):
-    """One of TABLES as Markdown: a line a run, mean ± standard deviation over seeds."""
+    """One of TABLES as Markdown: one line for each run, means ± standard deviations over seeds."""
     file, headings, names = TABLES[name]
     runs = load(file)
     rows = [["", *headings]]
     for run in names:
-        of = lambda figure, factor, digits: mean_and_spread(
-            over_seeds(figures_of(runs, run), figure, factor), digits
-        )
-        rows.append(
-            [
-                "the defaults" if (name, run) == ("limit", "safedpo-delta5") else title(run),
-                *(of(*FIGURES[h]) for h in headings),
-            ]
-        )
+        figures = figures_of(runs, run)
+        rows.append([title(run), *(cell(figures, heading) for heading in headings)])
+    if name == "limit":
+        rows[1 + names.index("safedpo-delta5")][0] = "the defaults"
     if name == "methods":
-        rows[0] += ["paper's scale", "the paper's harmless %", "and helpfulness"]
-        helpfulness = {run: over_seeds(figures_of(runs, run), "helpfulness")[0] for run in names}
-        for row, run in zip(rows[1:], names):
-            scaled = (
-                10
-                * (helpfulness[run] - helpfulness["reference"])
-                / (helpfulness["dpo-helpful"] - helpfulness["reference"])
-            )
-            row += [f"{scaled:.1f}", *(f"{value:.2f}" for value in PAPER.get(run, ()))] + ["–"] * (
-                0 if run in PAPER else 2
-            )
+        rows = [row + more for row, more in zip(rows, paper_columns(runs, names))]
     return markdown(rows)
 
 
-def with_tables(readme):
-    """The README's text with every table made anew, between <!-- table: NAME --> and <!-- end -->."""
-    return re.sub(
-        r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{table(found[2])}\n{found[3]}",
-        readme,
-        flags=re.S,
-    )
+def with_tables(text):
+    """A page's text with each table between <!-- table: NAME --> and <!-- end --> made anew."""
+
+    def made_anew(match):
+        return f"{match[1]}{table(match[2])}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", made_anew, text, flags=re.S)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
 def canvas(rows, columns, size):
-    """(figure, (rows, columns) panels) of size inches, on white: a page in dark mode shows it as it is."""
-    figure, axes = pyplot().subplots(
-        rows, columns, figsize=size, squeeze=False, layout="constrained"
-    )
+    """(figure, its panels (rows, columns)). size: inches.
+
+    The background is white, so that the picture looks the same on a page in dark mode.
+    """
+    options = {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot().subplots(rows, columns, **options)
     for panel in axes.flat:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
@@ -291,96 +312,70 @@ def canvas(rows, columns, size):
     return figure, axes
 
 
+def mark_level(panel, y, text, x, align):
+    """A thin horizontal line at y, with its text at x."""
+    panel.axhline(y, color=GREY, linewidth=1)
+    panel.annotate(text, (x, y), ha=align, va="bottom", fontsize=8, color=DARK_GREY)
+
+
+def draw_points(panel, x, values, style, **options):
+    """A series of values = [(mean, standard deviation)] with their error bars."""
+    colour, marker, dash = style
+    means, spreads = zip(*values)
+    options = {"color": colour, "marker": marker, "linestyle": dash, "capsize": 2} | options
+    panel.errorbar(x, means, spreads, **options)
+
+
 def draw_methods():
-    """Helpfulness against harmless ratio: the paper's Fig. 2, here and there."""
-    figure, ((here, paper),) = canvas(1, 2, (10, 4.6))
-    runs, handles, zoom = (
-        load("village"),
-        [],
-        here.inset_axes([0.65, 0.22, 0.2, 0.3], xlim=(97.3, 100.4), ylim=(2.02, 2.26)),
-    )
-    here.indicate_inset_zoom(zoom, edgecolor="#777777")
+    """Helpfulness against harmless ratio, in the village and in the paper (its Fig. 2)."""
+    figure, ((village, paper),) = canvas(1, 2, (10, 4.6))
+    zoom = village.inset_axes([0.65, 0.22, 0.2, 0.3], xlim=(97.3, 100.4), ylim=(2.02, 2.26))
+    village.indicate_inset_zoom(zoom, edgecolor=GREY)
     zoom.tick_params(labelsize=7)
-    names = (
-        "reference",
-        "optimum",
-        "dpo-helpful",
-        "dpo-harmless",
-        "dpo-safebetter",
-        "noswap-delta5",
-        "sacpo",
-        "safedpo-delta0",
-        "safedpo-delta5",
-        "safedpo-delta10",
-    )
-    colours = (BLACK, "#777777", VERMILION, PURPLE, ORANGE, SKY, GREEN, BLUE, BLUE, BLUE)
-    for run, colour, marker in zip(names, colours, "sX^vDP<do*"):
-        figures, point = (
-            figures_of(runs, run),
-            dict(color=colour, marker=marker, linestyle="", markersize=8, label=title(run)),
-        )
-        (x, dx), (y, dy) = (
-            over_seeds(figures, "harmless_ratio", 100),
-            over_seeds(figures, "helpfulness"),
-        )
-        for panel in (here, zoom):
-            panel.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, **point)
-        handles += here.plot([], [], **point)
+    runs, handles = load("village"), []
+    for run, (colour, marker) in METHODS.items():
+        figures = figures_of(runs, run)
+        x, x_spread = over_seeds(figures, "harmless_ratio", 100)
+        y, y_spread = over_seeds(figures, "helpfulness")
+        style = {"color": colour, "marker": marker, "linestyle": "", "markersize": 8}
+        style["label"] = title(run)
+        for panel in (village, zoom):
+            panel.errorbar(x, y, xerr=x_spread, yerr=y_spread, capsize=2, **style)
+        handles += village.plot([], [], **style)
         if run in PAPER:
-            paper.plot(*PAPER[run], **point)
-    here.set(
-        title="the village: mean ± standard deviation, three seeds",
-        xlabel="harmless ratio (%)",
-        ylabel="helpfulness (mean reward)",
-    )
-    paper.set(
-        title="the paper: 7B models, PKU-SafeRLHF-30K",
-        xlabel="harmless ratio (%)",
-        ylabel="helpfulness (SFT = 0, DPO-HELPFUL = 10)",
-    )
-    here.legend(handles=handles, fontsize=8, loc="lower left")
+            paper.plot(*PAPER[run], **style)
+    village.set_title("the village: mean ± standard deviation, three seeds")
+    village.set(xlabel="harmless ratio (%)", ylabel="helpfulness (mean reward)")
+    paper.set_title("the paper: 7B models, PKU-SafeRLHF-30K")
+    paper.set(xlabel="harmless ratio (%)", ylabel="helpfulness (SFT = 0, DPO-HELPFUL = 10)")
+    village.legend(handles=handles, fontsize=8, loc="lower left")
     return figure
 
 
+def draw_by_delta(panel, runs, figure, factor, methods):
+    """One figure against Δ, a series for each method. Two points alone are not joined."""
+    for method, style in zip(methods, STYLES):
+        names = BY_DELTA[method]
+        values = [over_seeds(figures_of(runs, run), figure, factor) for run in names.values()]
+        positions = [DELTAS.index(delta) for delta in names]
+        joined = {} if len(names) > 2 else {"linestyle": ""}
+        draw_points(panel, positions, values, style, label=method, **joined)
+
+
 def draw_deltas():
-    """The Δ sweep: the paper's Fig. 3, with what it costs."""
+    """Harmless ratio, helpfulness and distance to the optimum against Δ (the paper's Fig. 3)."""
     figure, ((harmless, helpful, distance),) = canvas(1, 3, (11, 3.8))
     runs = load("village")
-    series = {
-        "SafeDPO": {d: f"safedpo-delta{d}" for d in DELTAS},
-        "NoSwap": {d: f"noswap-delta{d}" for d in (0, 5, 10)},
-        "DPO-HELPFUL": {0: "dpo-helpful", 10: "dpo-helpful-delta10"},
-        "DPO-SAFEBETTER": {0: "dpo-safebetter", 10: "dpo-safebetter-delta10"},
-        "DPO-HARMLESS": {0: "dpo-harmless", 10: "dpo-harmless-delta10"},
-    }
-    for panel, name, factor in (
-        (harmless, "harmless_ratio", 100),
-        (helpful, "helpfulness", 1),
-        (distance, "divergence", 1),
-    ):
-        for (label, members), (colour, marker, dash) in zip(series.items(), STYLES):
-            if panel is not distance or label == "SafeDPO":
-                values = [
-                    over_seeds(figures_of(runs, run), name, factor) for run in members.values()
-                ]
-                at = [DELTAS.index(d) for d in members]
-                panel.errorbar(
-                    at,
-                    *zip(*values),
-                    color=colour,
-                    marker=marker,
-                    linestyle=dash if len(at) > 2 else "",
-                    capsize=2,
-                    label=label,
-                )
+    draw_by_delta(harmless, runs, "harmless_ratio", 100, BY_DELTA)
+    draw_by_delta(helpful, runs, "helpfulness", 1, BY_DELTA)
+    draw_by_delta(distance, runs, "divergence", 1, ["SafeDPO"])
+    beta = runs["safedpo-delta5"][0]["run"]["beta"]
+    for panel in (harmless, helpful, distance):
         panel.set_xticks(range(len(DELTAS)), DELTAS)
-        panel.set_xlabel("Δ (β = {:g})".format(runs["safedpo-delta5"][0]["run"]["beta"]))
+        panel.set_xlabel(f"Δ (β = {beta:g})")
     optimum = over_seeds(figures_of(runs, "optimum"), "helpfulness")[0]
+    mark_level(helpful, optimum, "the optimum (Eq. 9)", 5.2, "right")
     distance.set_yscale("log")
-    helpful.axhline(optimum, color="#777777", linewidth=1)
-    helpful.annotate(
-        "the optimum (Eq. 9)", (5.2, optimum), ha="right", va="bottom", fontsize=8, color="#555555"
-    )
     harmless.set_title("harmless ratio (%)")
     helpful.set_title("helpfulness (mean reward)")
     distance.set_title("KL to the optimum (nats)")
@@ -389,40 +384,26 @@ def draw_deltas():
 
 
 def smooth(values, window=9):
-    """Means over the window's values around each; fewer at the ends."""
-    return [
-        statistics.mean(values[max(0, i - window // 2) : i + window // 2 + 1])
-        for i in range(len(values))
-    ]
+    """Means over the window's values around each value. At the ends there are fewer values."""
+    half = window // 2
+    return [statistics.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def draw_curves():
     """log π/π_ref of winners and losers while SafeDPO trains, by kind of pair and Δ."""
     curves = checkpoint.read_json(HERE / "results" / "curves.json")
-    shown = ("0", "5", "50")
-    figure, axes = canvas(2, len(shown), (11, 5.6))
-    for column, delta in enumerate(shown):
-        top, bottom = axes[:, column]
-        of, step, asked = curves[delta], curves[delta]["step"], float(delta) / curves[delta]["beta"]
-        margins = {
-            kind: [w - l for w, l in zip(of[kind]["winner"], of[kind]["loser"])]
-            for kind in ("safe-safe", "safe-unsafe")
-        }
-        near = {
-            "safe-safe: winner": of["safe-safe"]["winner"],
-            "safe-safe: loser": of["safe-safe"]["loser"],
-            "safe-unsafe: winner": of["safe-unsafe"]["winner"],
-        }
-        far = {
-            "safe-unsafe: loser": of["safe-unsafe"]["loser"],
-            "safe-unsafe: difference": margins["safe-unsafe"],
-            "safe-safe: difference": margins["safe-safe"],
-        }
-        for panel, series, styles in ((top, near, STYLES[:3]), (bottom, far, STYLES[3:])):
-            for (label, values), (colour, _, dash) in zip(series.items(), styles):
-                panel.plot(step, smooth(values), color=colour, linestyle=dash, label=label)
-        bottom.axhline(asked, color="#777777", linewidth=1)
-        bottom.annotate("Δ/β", (1, asked), va="bottom", fontsize=8, color="#555555")
+    figure, axes = canvas(2, 3, (11, 5.6))
+    for (top, bottom), delta in zip(axes.T, ("0", "5", "50")):
+        curve = curves[delta]
+        sides = [(kind, side) for kind in KINDS for side in ("winner", "loser")]
+        series = {f"{kind}: {side}": curve[kind][side] for kind, side in sides}
+        for kind in ("safe-unsafe", "safe-safe"):
+            pairs = zip(curve[kind]["winner"], curve[kind]["loser"])
+            series[f"{kind}: difference"] = [winner - loser for winner, loser in pairs]
+        panels = [top] * 3 + [bottom] * 3
+        for panel, (label, values), (colour, _, dash) in zip(panels, series.items(), STYLES):
+            panel.plot(curve["step"], smooth(values), color=colour, linestyle=dash, label=label)
+        mark_level(bottom, float(delta) / curve["beta"], "Δ/β", 1, "left")
         top.set_title(f"Δ = {delta}")
         bottom.set_xlabel("step")
     axes[0, 0].set_ylabel("log π/π_ref (nats)")
@@ -433,81 +414,54 @@ def draw_curves():
 
 
 def draw_noise():
-    """Wrong flags in training: what they cost."""
-    figure, axes = canvas(1, 2, (8, 3.6))
+    """Harmless ratio and over-refusal against the share of wrong flags in training."""
+    figure, ((harmless, refusing),) = canvas(1, 2, (8, 3.6))
     runs = load("village")
-    names = {0: "safedpo-delta5", 10: "noise10", 20: "noise20", 40: "noise40"}
-    for panel, (name, heading), (colour, marker, dash) in zip(
-        axes[0],
-        (("harmless_ratio", "harmless ratio (%)"), ("over_refusal", "over-refusal (%)")),
-        STYLES,
+    for panel, name, style in (
+        (harmless, "harmless_ratio", STYLES[0]),
+        (refusing, "over_refusal", STYLES[1]),
     ):
-        values = [over_seeds(figures_of(runs, run), name, 100) for run in names.values()]
-        panel.errorbar(
-            list(names), *zip(*values), color=colour, marker=marker, linestyle=dash, capsize=2
-        )
-        panel.set(title=f"SafeDPO, Δ = 5: {heading}", xlabel="training flags that are wrong (%)")
-        panel.axhline(
-            over_seeds(figures_of(runs, "reference"), name, 100)[0], color="#777777", linewidth=1
-        )
-        panel.annotate(
-            "reference",
-            (40, over_seeds(figures_of(runs, "reference"), name, 100)[0]),
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="#555555",
-        )
+        values = [over_seeds(figures_of(runs, run), name, 100) for run in BY_NOISE.values()]
+        draw_points(panel, list(BY_NOISE), values, style)
+        panel.set_xlabel("training flags that are wrong (%)")
+        level, _ = over_seeds(figures_of(runs, "reference"), name, 100)
+        mark_level(panel, level, "reference", 40, "right")
+    harmless.set_title("SafeDPO, Δ = 5: harmless ratio (%)")
+    refusing.set_title("SafeDPO, Δ = 5: over-refusal (%)")
     return figure
 
 
+HOLLOW = {"linestyle": "", "marker": "o", "markersize": 4, "markerfacecolor": "none"}
+
+
+def draw_training(panel, curves):
+    """The probability of unsafe answers at each step, beside its closed form or the distance."""
+    for (delta, curve), (colour, _, dash) in zip(curves.items(), STYLES):
+        steps, style = curve["step"], {"color": colour, "linestyle": dash}
+        panel.loglog(steps, curve["unsafe"], label=f"Δ = {delta}", **style)
+        if "closed form" in curve:
+            panel.loglog(steps[::6], curve["closed form"][::6], **(style | HOLLOW))
+        else:
+            panel.loglog(steps, curve["distance"], alpha=0.35, **style)
+    panel.set_xlabel("step")
+
+
 def draw_theory():
-    """Proposition 4.4: how fast the unsafe answers vanish, and how far from Eq. 9 that leaves the policy."""
-    found = checkpoint.read_json(HERE / "results" / "theory.json")
-    figure, axes = canvas(1, 3, (11, 3.8))
-    for panel, (name, heading) in zip(
-        axes[0],
-        (
-            ("two answers", "two answers"),
-            ("tabular", "36 answers, one weight each"),
-            ("transformer", "36 answers, a transformer"),
-        ),
-    ):
-        for (delta, curve), (colour, _, dash) in zip(found[name].items(), STYLES):
-            panel.loglog(
-                curve["step"], curve["unsafe"], color=colour, linestyle=dash, label=f"Δ = {delta}"
-            )
-            if "closed form" in curve:
-                panel.loglog(
-                    curve["step"][::6],
-                    curve["closed form"][::6],
-                    color=colour,
-                    linestyle="",
-                    marker="o",
-                    markersize=4,
-                    markerfacecolor="none",
-                )
-            else:
-                panel.loglog(
-                    curve["step"], curve["distance"], color=colour, linestyle=dash, alpha=0.35
-                )
-        panel.set(title=heading, xlabel="step")
-    axes[0, 0].set_ylabel("probability of unsafe answers (β = {:g})".format(found["beta"]))
-    axes[0, 0].plot(
-        [],
-        [],
-        color="#555555",
-        linestyle="",
-        marker="o",
-        markersize=4,
-        markerfacecolor="none",
-        label="closed form",
-    )
-    (pale,) = axes[0, 1].plot(
-        [], [], color="#555555", alpha=0.5, label="pale: total variation to Eq. 9"
-    )
-    axes[0, 0].legend(fontsize=8)
-    axes[0, 1].legend(handles=[pale], fontsize=8, loc="lower left")
+    """Proposition 4.4: how fast unsafe answers vanish, and how far from Eq. 9 the policy is."""
+    figures = checkpoint.read_json(HERE / "results" / "theory.json")
+    figure, ((pair, tabular, transformer),) = canvas(1, 3, (11, 3.8))
+    draw_training(pair, figures["two answers"])
+    draw_training(tabular, figures["tabular"])
+    draw_training(transformer, figures["transformer"])
+    pair.set_title("two answers")
+    tabular.set_title("36 answers, one weight each")
+    transformer.set_title("36 answers, a transformer")
+    pair.set_ylabel(f"probability of unsafe answers (β = {figures['beta']:g})")
+    pair.plot([], [], color=DARK_GREY, label="closed form", **HOLLOW)
+    label = "pale: total variation to Eq. 9"
+    (pale,) = tabular.plot([], [], color=DARK_GREY, alpha=0.5, label=label)
+    pair.legend(fontsize=8)
+    tabular.legend(handles=[pale], fontsize=8, loc="lower left")
     return figure
 
 
@@ -526,22 +480,24 @@ def main(argv=None):
         with checkpoint.replacing(HERE / "results" / "curves.json") as f:
             json.dump(collect(config.runs), f, indent=1)
     settings = {
-        "svg.hashsalt": "safedpo",
+        "svg.hashsalt": "safedpo",  # the same figures give the same file
         "svg.fonttype": "path",
         "font.size": 10,
         "savefig.facecolor": "white",
     }
-    pyplot().rcParams.update(settings)  # the same figures draw the same file
+    pyplot().rcParams.update(settings)
     PICTURES_FOLDER.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         draw().savefig(PICTURES_FOLDER / f"{name}.svg", metadata={"Date": None})
         print(f"docs/pictures/{name}.svg: {draw.__doc__}")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    with checkpoint.replacing(readme) as f:
-        f.write(with_tables(text))
-    print(f"README.md: {text.count('<!-- table: ')} tables")
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        n_tables = text.count("<!-- table: ")
+        if n_tables:
+            with checkpoint.replacing(page) as f:
+                f.write(with_tables(text))
+            print(f"{page.relative_to(ROOT)}: {n_tables} tables")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,4 +1,4 @@
-"""Eq. 9's optimum, estimated from weighted samples of the reference, and how far a policy is from it."""
+"""Eq. 9's optimum, estimated from samples of the reference, and a policy's distance to it."""
 
 import math
 from dataclasses import replace
@@ -11,24 +11,23 @@ from village import world
 
 SAMPLES = 16  # answers of the reference to each prompt
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The limit: Eq. 9's optimum, estimated from samples of π_ref
-
 
 def jackknife(statistic, *samples, among=None):
-    """statistic of samples (…, K), without its bias of order 1/n: n·(of all) − (n − 1)·(mean of leaving each out in turn).
+    """statistic(*samples) without its bias of order 1/n, over the last dimension of samples (…, K).
 
-    among: (…, K), 1 for the n samples that count, where the others change nothing; left out: all K of them. Where leaving
-    one out leaves nothing to compute it from, it is that of all.
+    The result is n·(statistic of all) − (n − 1)·(mean of the statistics without one sample each).
+    among: (…, K), 1 for the n samples that count, 0 for those that do not change the statistic.
+    Without it, all K samples count. Where the corrected value is not finite (one sample that
+    carries all the weight cannot be left out), the result is the statistic of all samples.
     """
     K = samples[0].shape[-1]
     among = torch.ones_like(samples[0]) if among is None else among
     n, plain = among.sum(-1), statistic(*samples)
-    without = [
-        statistic(*(torch.cat((s[..., :k], s[..., k + 1 :]), -1) for s in samples))
-        for k in range(K)
-    ]
-    corrected = n * plain - (n - 1) * (torch.stack(without, -1) * among).sum(-1) / n
+    without_one = []
+    for k in range(K):
+        others = [torch.cat((sample[..., :k], sample[..., k + 1 :]), -1) for sample in samples]
+        without_one.append(statistic(*others))
+    corrected = n * plain - (n - 1) * (torch.stack(without_one, -1) * among).sum(-1) / n
     return torch.where(corrected.isfinite(), corrected, plain)
 
 
@@ -36,21 +35,24 @@ def weighted_mean(values, weights):
     return (values * weights).sum(-1) / weights.sum(-1)
 
 
+def log_mean(values):
+    return values.mean(-1).log()
+
+
 class Limit:
     """π* = π_ref·exp(r/β)·1[safe] / Z (Eq. 9), from K answers that π_ref gave to each of n prompts.
 
-    reward, unsafe: (n, K). Each answer counts with the weight exp(r/β)·1[safe]; Z is their mean. Prompts without a safe
-    answer among the K (`found` is False there) say nothing. They are those where π_ref is hardly ever safe, so that figures
-    over the others flatter the more, the more there are of them.
+    reward, unsafe: (n, K). Each answer has the weight exp(r/β)·1[safe], and Z is the mean weight.
+    `found`, (n,), is False for prompts without a safe answer among the K. These prompts allow no
+    estimate. π_ref is hardly ever safe on them, so that figures over the other prompts are too
+    favourable, and the more so the more prompts are left out.
     """
 
     def __init__(self, reward, unsafe, beta):
         self.reward, self.safe, self.beta = reward.double(), (~unsafe).double(), beta
         self.found = (self.safe > 0).any(-1)
         best = self.reward.masked_fill(unsafe, -torch.inf).amax(-1, keepdim=True)
-        self.shift = torch.where(
-            self.found[:, None], best, 0.0
-        )  # exp(r/β) may be too large a number
+        self.shift = torch.where(self.found[:, None], best, 0.0)  # exp(r/β) alone may overflow
         self.weights = ((self.reward - self.shift) / beta).exp().masked_fill(unsafe, 0.0)
 
     def mean(self, values):
@@ -58,32 +60,37 @@ class Limit:
         return jackknife(weighted_mean, values.double(), self.weights, among=self.safe)
 
     def log_z(self):
-        return jackknife(lambda w: w.mean(-1).log(), self.weights) + self.shift[:, 0] / self.beta
+        return jackknife(log_mean, self.weights) + self.shift[:, 0] / self.beta
 
     def kl(self):
         """KL(π* ‖ π_ref) in nats, (n,)."""
         return self.mean(self.reward) / self.beta - self.log_z()
 
     def safe_reward(self):
-        """E[r | safe] under π_ref, (n,): Eq. 9's for β → ∞, from which the way to π* is measured."""
+        """E[r | safe] under π_ref, (n,). It is E[r] under π* for β → ∞, where `way` starts."""
         return weighted_mean(self.reward, self.safe)
 
     def safe_divergence(self):
-        """KL(π_ref given safe ‖ π*) in nats, (n,): how far from it the reference's own safe answers are."""
-        share = jackknife(lambda safe: safe.mean(-1).log(), self.safe)
-        return self.log_z() - share - self.safe_reward() / self.beta
+        """KL(π_ref given safe ‖ π*) in nats, (n,): the distance of the reference's safe answers."""
+        log_share = jackknife(log_mean, self.safe)
+        return self.log_z() - log_share - self.safe_reward() / self.beta
 
     def effective_samples(self):
         return self.weights.sum(-1) ** 2 / (self.weights**2).sum(-1)
 
 
 def distance(limit, reward, unsafe, logratio, benign):
-    """How far one answer of a policy to each prompt is from the optimum: reward, unsafe, logratio (log π/π_ref), benign: (n,).
+    """How far a policy is from the optimum, by one answer of the policy to each prompt.
 
-    "way": (E[r] − E[r | safe]) / (E*[r] − E[r | safe]); a scale of r that β shares, or a shift, does not change it. Unsafe
-    answers' rewards count in E[r], so that it says little of a policy that gives many. "divergence": KL(π given safe ‖ π*) in
-    nats, E[logratio − r/β + log Z | safe] − log π(safe), of which the last is taken over all prompts at once (a lower bound, and
-    next to nothing where nearly all is safe). "divergence_benign", "divergence_harmful": over such requests alone.
+    reward, unsafe, logratio = log π/π_ref in nats, benign (is the prompt benign): all (n,).
+    Returns figures {"value", "ci95"}, or None where they do not exist:
+      "way": (E[r] − E[r | safe]) / (E*[r] − E[r | safe]), E* under π*, E[r | safe] under π_ref.
+        It does not change if r is shifted, or if r and β are scaled alike. Rewards of unsafe
+        answers count in E[r], so that it says little about a policy with many unsafe answers.
+      "divergence": KL(π given safe ‖ π*) in nats, E[logratio − r/β + log Z | safe] − log π(safe).
+        π(safe) is the share over all prompts at once. This makes the figure a lower bound, and the
+        difference is small where nearly all answers are safe.
+      "divergence_benign", "divergence_harmful": the divergence over these prompts alone.
     """
     gap = logratio - reward / limit.beta + limit.log_z()
     start, end = limit.safe_reward(), limit.mean(limit.reward)
@@ -94,12 +101,15 @@ def distance(limit, reward, unsafe, logratio, benign):
     }
     return {
         "way": way(reward[limit.found], start[limit.found], end[limit.found]),
-        **{name: divergence(gap[here], unsafe[here]) for name, here in groups.items()},
+        **{name: divergence(gap[group], unsafe[group]) for name, group in groups.items()},
     }
 
 
 def way(reward, start, end):
-    """mean(reward − start) / mean(end − start), all (n,), with its interval by linearisation. None where there is no way to go."""
+    """mean(reward − start) / mean(end − start), with its interval by linearisation. All (n,).
+
+    None without prompts, or where start and end have the same mean.
+    """
     if not len(reward) or start.mean() == end.mean():
         return None
     length = (end - start).mean().item()
@@ -109,12 +119,12 @@ def way(reward, start, end):
 
 
 def divergence(gap, unsafe):
-    """mean(gap) over safe answers − log(their share). None without any."""
-    found = mean(gap[~unsafe].tolist())
-    if found is None:
+    """mean(gap) over safe answers − log(the share of safe answers). None without safe answers."""
+    result = mean(gap[~unsafe].tolist())
+    if result is None:
         return None
     surplus = -math.log((~unsafe).double().mean().item())
-    return {"value": found["value"] + surplus, "ci95": [side + surplus for side in found["ci95"]]}
+    return {"value": result["value"] + surplus, "ci95": [side + surplus for side in result["ci95"]]}
 
 
 # --------------------------------------------------------------------------------------------------

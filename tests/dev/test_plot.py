@@ -1,4 +1,4 @@
-"""The picture of several runs, and the README's: drawn from results/, and what they show is there."""
+"""The picture of several runs, and the pictures and tables that figures.py puts into the pages."""
 
 import pytest
 
@@ -10,27 +10,43 @@ def figure(value):
     return {"value": value, "ci95": [value - 0.01, value + 0.01]}
 
 
+def model(harmless_ratio, helpfulness):
+    return {"harmless_ratio": figure(harmless_ratio), "helpfulness": figure(helpfulness)}
+
+
 def test_plot_writes_a_picture(tmp_path):
-    model = lambda x, y: {"harmless_ratio": figure(x), "helpfulness": figure(y)}
-    plot(
-        {"run": {"reference": model(0.6, 2.0), "policy": model(0.98, 1.5), "optimum": None}},
-        tmp_path / "runs.png",
-    )
+    results = {"reference": model(0.6, 2.0), "policy": model(0.98, 1.5), "optimum": None}
+    plot({"run": results}, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", figures.PICTURES)
 def test_pictures_show_every_series(name, tmp_path):
-    figure = figures.PICTURES[name]()
-    figure.savefig(tmp_path / "picture.svg")
-    assert (tmp_path / "picture.svg").stat().st_size > 10_000 and (
-        figures.PICTURES_FOLDER / f"{name}.svg"
-    ).exists()
-    for panel in figure.axes:
+    picture = figures.PICTURES[name]()
+    picture.savefig(tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").stat().st_size > 10_000
+    assert (figures.PICTURES_FOLDER / f"{name}.svg").exists()
+    for panel in picture.axes:
         lines = [line for line in panel.get_lines() if len(line.get_xdata())]
-        assert (
-            lines
-            and panel.get_xlabel() + panel.get_title()
-            and all(len(line.get_xdata()) == len(line.get_ydata()) for line in lines)
-        )
-    assert f"docs/pictures/{name}.svg" in (figures.ROOT / "README.md").read_text(encoding="utf-8")
+        assert lines and panel.get_xlabel() + panel.get_title()
+        assert all(len(line.get_xdata()) == len(line.get_ydata()) for line in lines)
+
+
+@pytest.mark.parametrize("name", figures.PICTURES)
+def test_every_picture_is_on_a_page(name):
+    picture = figures.PICTURES_FOLDER / f"{name}.svg"
+    links = [(page, picture.relative_to(page.parent).as_posix()) for page in figures.pages()]
+    assert any(link in page.read_text(encoding="utf-8") for page, link in links)
+
+
+def test_every_page_gets_its_tables(tmp_path, monkeypatch):
+    pages = [tmp_path / "README.md", tmp_path / "docs" / "results.md"]
+    pages[1].parent.mkdir()
+    for page in pages:
+        page.write_text("before\n<!-- table: noise -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "PICTURES_FOLDER", tmp_path / "docs" / "pictures")
+    monkeypatch.setattr(figures, "PICTURES", {})
+    figures.main([])
+    expected = f"before\n<!-- table: noise -->\n{figures.table('noise')}\n<!-- end -->\nafter\n"
+    assert [page.read_text(encoding="utf-8") for page in pages] == [expected] * 2

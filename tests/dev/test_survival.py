@@ -1,6 +1,7 @@
-"""Runs that are killed, interrupted or robbed of their disk, and go on. `--kills 40` tries harder than CI does.
+"""Runs that are killed, interrupted or robbed of their disk, and go on. `--kills 40` tries harder
+than CI does.
 
-Each run is a process of its own, forked from one that has imported torch, so that a kill costs no start.
+Each run is a process of its own, forked from one that has imported torch: a kill costs no start.
 """
 
 import json
@@ -37,9 +38,10 @@ NAMES = (
 
 
 def work(argv, out, fault, *about):
-    """train.py in a child process, which keeps the last state as last.pt: a finished run leaves none."""
+    """train.py in a child process, which keeps the last state as last.pt: a finished run has none."""
     torch.set_num_threads(1)
-    sys.argv, sys.stdout, sys.stderr = ["train.py"], open(os.devnull, "w"), open(f"{out}.log", "w")
+    sys.argv = ["train.py"]
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{out}.log", "w")  # noqa: SIM115
     leave = train.parallel.leave
 
     def keeps():
@@ -306,10 +308,15 @@ def locks_folder(out, step):
 
 
 FAULTS = {
-    "no room for a file of 3 kB": (fills_disk, 3_000), "of 30 kB": (fills_disk, 30_000), "of 60 kB": (fills_disk, 60_000),
-    "the disk is full when a file is synced": (fills_disk_at, 1), "the 9th": (fills_disk_at, 9), "the 16th": (fills_disk_at, 16),
-    "the folder is locked": (locks_folder, 3), "later": (locks_folder, 17),
-}  # fmt: skip
+    "no room for a file of 3 kB": (fills_disk, 3_000),
+    "of 30 kB": (fills_disk, 30_000),
+    "of 60 kB": (fills_disk, 60_000),
+    "the disk is full when a file is synced": (fills_disk_at, 1),
+    "the 9th": (fills_disk_at, 9),
+    "the 16th": (fills_disk_at, 16),
+    "the folder is locked": (locks_folder, 3),
+    "later": (locks_folder, 17),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
