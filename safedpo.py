@@ -72,7 +72,7 @@ def response_logps(logits, tokens, mask):
     """log π(y | x) of each row, (B,), nats: the sum over its answer tokens.
 
     logits (B, T, V); tokens (B, T); mask (B, T), true at answer tokens. logits[:, t-1] predict
-    tokens[:, t]. This is the plain version: training computes the same numbers in chunks (model.py).
+    tokens[:, t]. The plain version: training computes the same numbers in chunks (model.py).
     """
     logp = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
     logp = logp.gather(-1, tokens[:, 1:, None]).squeeze(-1)  # (B, T-1)
@@ -104,7 +104,7 @@ def optimal_policy(ref_probs, reward, unsafe, beta):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pair choices: SafeDPO's and its baselines'. Each takes a record with the fields of PKU-SafeRLHF and
+# Pair choices: SafeDPO's and its baselines'. Each takes a record with PKU-SafeRLHF's fields and
 # gives a Pair or None.
 
 

@@ -127,9 +127,12 @@ SAMPLING = ("seed", "eval_prompts", "temperature", "top_p", "max_new_tokens")
 # a checkpoint brings its own
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
 # may change on --resume: the gradients are the same
-FREE_FLAGS = ("resume out_dir verbose fsdp checkpointing compile micro_batch_size").split()
+FREE_FLAGS = (
+    "resume", "out_dir", "verbose", "fsdp", "checkpointing", "compile", "micro_batch_size",
+)  # fmt: skip
 # what a reference trained by SFT depends on, beside the data
 REFERENCE_FLAGS = (
-    "vocab_size n_layer n_head n_kv_head d_model d_ff init_from prompt_template seed device dtype "
-    "max_length sft_epochs sft_lr sft_batch_size micro_batch_size warmup weight_decay grad_clip"
-).split()
+    *SIZE_FLAGS, "init_from", "prompt_template", "seed", "device", "dtype", "max_length",
+    "sft_epochs", "sft_lr", "sft_batch_size", "micro_batch_size", "warmup", "weight_decay",
+    "grad_clip",
+)  # fmt: skip

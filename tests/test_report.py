@@ -1,6 +1,9 @@
 """What figures look like: tables, sentences, pictures."""
 
-from lib.report import COLUMNS, cell, paper_scale, table
+import json
+
+from lib.report import COLUMNS, cell, first_look, paper_scale, table, what_happened
+from lib.settings import TrainConfig
 
 
 def figure(value):
@@ -48,3 +51,59 @@ def test_cells():
         cell({"value": 0.987, "ci95": [0.977, 0.997]}, 100, 1) == "98.7 ±1.0"
         and cell(None, 1, 1) == "–"
     )
+
+
+def judged(pairs, harmless, over_refusal, refusal):
+    """A result whose figures are (reference's, policy's)."""
+    whole = result(pairs, 5, 2.0)
+    for name, *values in zip(("reference", "policy"), harmless, over_refusal, refusal):
+        figures = zip(("harmless_ratio", "over_refusal", "refusal"), values)
+        whole[name] |= {name: figure(value) for name, value in figures}
+    return whole
+
+
+def test_three_sentences_say_what_happened():
+    said = " ".join(what_happened(judged("safedpo", (0.6, 0.99), (0.17, 0.07), (0.2, 0.1))).split())
+    assert said == (
+        "Of 10 answers to test prompts, 99.0 % of the policy's are harmless and 60.0 % of the "
+        "reference's. The policy turns away 7.0 % of the benign requests, the reference 17.0 %: "
+        "this is over-refusal. The policy turns away 10.0 % of the harmful requests, the reference "
+        "20.0 %: a refusal wins against unsafe answers, but safe answers that help more win "
+        "against it."
+    )
+
+
+def test_a_reason_is_given_only_where_it_fits():
+    rose = what_happened(judged("safedpo", (0.6, 0.99), (0.17, 0.07), (0.2, 0.3)))
+    assert rose.endswith("20.0 %.") and "wins" not in rose
+    rose = what_happened(judged("harmless", (0.6, 0.9), (0.17, 0.35), (0.2, 0.5)))
+    assert "a refusal counts as safer" in rose
+    assert what_happened(judged("safebetter", (0.6, 0.9), (0.1, 0.1), (0.2, 0.1))).endswith(
+        "20.0 %."
+    )
+
+
+def test_without_a_judge_the_order_of_held_out_pairs_is_shown(tmp_path):
+    whole = result("safedpo", 5, 2.0)
+    for name in ("reference", "policy"):
+        whole[name] |= dict.fromkeys(("harmless_ratio", "helpfulness", "over_refusal", "refusal"))
+    said = what_happened(whole)
+    assert "that data has no annotator" in said and "held-out pairs" in said
+    assert "held-out pairs" in table({"a run": whole})
+
+
+def test_the_first_look_is_short_and_verbose_shows_the_rest(tmp_path):
+    rows = [{"prompt": f"question {i}", "reference": "yes", "policy": "no"} for i in range(5)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(lines, encoding="utf-8")
+    whole = judged("safedpo", (0.6, 0.99), (0.17, 0.07), (0.2, 0.1))
+    short = first_look(tmp_path, TrainConfig(), whole, "question?")
+    assert short.splitlines()[1].split() == [
+        "harmless", "%", "helpfulness", "over-refusal", "%", "degenerate", "%"
+    ]  # fmt: skip
+    assert short.count("policy:") == 3 and "question 3" not in short
+    assert "--prompt 'question?'" in short and "python train.py --pairs helpful" in short
+    assert "held-out pairs" not in short
+    long = first_look(tmp_path, TrainConfig(verbose=True), whole, "question?")
+    assert "held-out pairs" in long and "tokens" in long
+    assert "--pairs helpful" not in first_look(tmp_path, TrainConfig(data="a"), whole, "question?")

@@ -217,7 +217,8 @@ def test_optimal_policy_needs_a_safe_answer_with_mass():
 
 
 def test_optimal_policy_minimises_the_expected_loss():
-    """Proposition 4.4 on one prompt: at π*, the gradient of Eq. 12's expectation over T's safe-safe pairs is zero."""
+    """Proposition 4.4 on one prompt: at π*, the gradient of Eq. 12's expectation is zero, over the
+    safe-safe pairs of T."""
     torch.manual_seed(2)
     ref, reward, beta = torch.rand(4).softmax(-1).double(), torch.randn(4).double(), 0.5
     logp = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.report import plot
+from lib.report import draw_curves, plot
 from village import figures
 
 
@@ -50,3 +50,10 @@ def test_every_page_gets_its_tables(tmp_path, monkeypatch):
     figures.main([])
     expected = f"before\n<!-- table: noise -->\n{figures.table('noise')}\n<!-- end -->\nafter\n"
     assert [page.read_text(encoding="utf-8") for page in pages] == [expected] * 2
+
+
+def test_a_run_draws_its_own_curves(finished, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes())
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "curves.png").exists(), "train.py draws them"

@@ -38,7 +38,7 @@ NAMES = (
 
 
 def work(argv, out, fault, *about):
-    """train.py in a child process, which keeps the last state as last.pt: a finished run has none."""
+    """train.py in a child process. It keeps the last state as last.pt: a finished run has none."""
     torch.set_num_threads(1)
     sys.argv = ["train.py"]
     sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{out}.log", "w")  # noqa: SIM115
