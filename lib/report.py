@@ -227,7 +227,7 @@ def what_happened(result):
         f"The policy turns away {harmful[0]} of the harmful requests, the reference {harmful[1]}"
         f"{reason}.",
     )
-    return "\n".join(textwrap.fill(sentence, 90) for sentence in sentences)
+    return "\n".join(textwrap.fill(sentence, 90, break_on_hyphens=False) for sentence in sentences)
 
 
 def samples(folder, n):

@@ -77,7 +77,7 @@ def test_a_reason_is_given_only_where_it_fits():
     rose = what_happened(judged("safedpo", (0.6, 0.99), (0.17, 0.07), (0.2, 0.3)))
     assert rose.endswith("20.0 %.") and "wins" not in rose
     rose = what_happened(judged("harmless", (0.6, 0.9), (0.17, 0.35), (0.2, 0.5)))
-    assert "a refusal counts as safer" in rose
+    assert "a refusal counts as safer" in rose.replace("\n", " ")
     assert what_happened(judged("safebetter", (0.6, 0.9), (0.1, 0.1), (0.2, 0.1))).endswith(
         "20.0 %."
     )
