@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import data
-from lib import checkpoint, parallel, pretrained, records
+from lib import checkpoint, parallel, pretrained, records, score_model
 from lib.flags import autocast, flag, parse, pick_device, pick_dtype, problems, run
 from lib.metrics import mean, share
 from lib.report import plot, pyplot, side_by_side, table
@@ -442,7 +442,7 @@ def judge(results, config):
         for folder, result in results.items()
     }
     for row, place in itertools.chain(*samples.values()):
-        records.take(row, dict.fromkeys(("prompt", *MODELS), str), place)
+        records.checked_values(row, dict.fromkeys(("prompt", *MODELS), str), place)
     samples = {folder: [row for row, _ in part] for folder, part in samples.items()}
     rows = [row for part in samples.values() for row in part]
     if config.scores:
@@ -467,7 +467,7 @@ def score(rows, kind, folder, config):
     device = pick_device(config.device)
     answers = [(row["prompt"], row[name]) for row in rows for name in MODELS]
     template = TEMPLATES.get(config.judge_template, config.judge_template)
-    model, examples = pretrained.load_judge(folder, template, answers, device)
+    model, examples = score_model.load_judge(folder, template, answers, device)
     scores = log_probs(model, examples, device, pick_dtype(config.dtype, device), title=f"{kind}s")
     if not scores.isfinite().all():
         raise ValueError(f"{folder}: a score is no number; --dtype float32 may help")
@@ -497,7 +497,9 @@ def read_scores(path, rows):
         row.update(
             zip(
                 names,
-                records.take(scored[key(row)][0], dict.fromkeys(names, float), scored[key(row)][1]),
+                records.checked_values(
+                    scored[key(row)][0], dict.fromkeys(names, float), scored[key(row)][1]
+                ),
             )
         )
 
