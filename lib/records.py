@@ -19,6 +19,8 @@ import numpy as np
 
 import safedpo
 from lib.checkpoint import LARGEST, parse_json
+
+# checked_values is for other files that read rows: records.checked_values
 from lib.formats import FORMATS, Record, checked_values, pku_saferlhf, recognise  # noqa: F401
 from lib.parallel import progress
 
