@@ -1,16 +1,18 @@
-"""Speed and memory of train.py's own step, on random tokens with the lengths of PKU-SafeRLHF: one epoch, and the pass under
-the reference that comes before it.
+"""Speed and memory of train.py's own step, on random tokens with the lengths of PKU-SafeRLHF: one
+epoch, and the pass under the reference that comes before it.
 
     python bench.py --dtype bfloat16          matrix products in bf16
-    python bench.py --table                   how cost grows with pairs a step, lengths and vocabulary
+    python bench.py --table                   how cost grows with pairs a step, lengths, vocabulary
     python bench.py --vs trl                  in turns with TRL's DPOTrainer, on the same pairs
 
-TRL gets its best settings: the reference's log-probabilities computed ahead, activations kept unless --checkpointing, and both a
-whole step at once, as it does by default, and pair by pair with the gradient accumulated, which pads less. What flags.tune_cpu sets for
-our process is not set for TRL's: it is measured as its users get it (README.md has what it would gain).
+TRL gets its best settings: the reference's log-probabilities are computed ahead, and activations
+are kept unless --checkpointing. It is measured twice: a whole step at once, as it does by default,
+and pair by pair with the gradient accumulated, which pads less. What flags.tune_cpu sets for our
+process is not set for TRL's: it is measured as its users get it (README.md has what it would gain).
 
-Every measurement is a process of its own. The share is that of the device's own rate of matrix products, measured between the
-steps; the work counted is what the algorithm needs: no padding, nothing twice.
+Every measurement is a process of its own. "of matmul" is the share of the device's own rate of
+matrix products, measured between the steps. The work that is counted is what the algorithm needs:
+no padding, and nothing twice.
 """
 
 import contextlib
@@ -41,12 +43,7 @@ from model import ModelConfig, Transformer
 from safedpo import Pair
 
 WARM_UP = 2  # steps that are not timed
-TABLE = (
-    "batch_size",
-    "prompt_tokens",
-    "answer_tokens",
-    "vocab_size",
-)  # each doubled and doubled again
+TABLE = ("batch_size", "prompt_tokens", "answer_tokens", "vocab_size")  # each times 1, 2 and 4
 BETA, DELTA, LEARNING_RATE, GRAD_CLIP = 0.1, 10.0, 1e-6, 1.0
 
 
@@ -74,35 +71,48 @@ class Config:
 
 
 def make_pairs(c):
-    """c.steps · c.batch_size pairs of random token ids; every answer ends in token 1, and every second loser is unsafe."""
+    """c.steps · c.batch_size pairs of random token ids, with log-normal lengths.
+
+    Every answer ends in token 1, and every second loser is unsafe.
+    """
     rng = np.random.default_rng(c.seed)
 
-    def ids(mean, spread, longest):
-        n = np.clip(round(rng.lognormal(math.log(mean) - spread**2 / 2, spread)), 4, longest)
-        return rng.integers(2, c.vocab_size, int(n)).tolist()
+    def ids(mean, spread):
+        length = rng.lognormal(math.log(mean) - spread**2 / 2, spread)
+        length = np.clip(round(length), 4, 5 * mean)
+        return rng.integers(2, c.vocab_size, int(length)).tolist()
 
-    x = lambda: ids(c.prompt_tokens, 0.45, 5 * c.prompt_tokens)
-    y = lambda: ids(c.answer_tokens, 0.6, 5 * c.answer_tokens) + [1]
-    return [Pair(x(), y(), y(), 0, i % 2) for i in range(c.steps * c.batch_size)]
+    pairs = []
+    for i in range(c.steps * c.batch_size):
+        x = ids(c.prompt_tokens, 0.45)
+        y_w = ids(c.answer_tokens, 0.6) + [1]
+        y_l = ids(c.answer_tokens, 0.6) + [1]
+        pairs.append(Pair(x, y_w, y_l, 0, i % 2))
+    return pairs
 
 
 def operations(c, pairs):
-    """Of one forward pass over all pairs, each prompt once: two for every weight and token, and what attention adds."""
+    """Multiplications and additions of one forward pass over all pairs, each prompt once.
+
+    A matrix product has two for every weight and token. Attention adds four for every layer, every
+    number of a query, and every key that the query sees: two for its score, two for its value.
+    """
     d_head = c.d_model // c.n_head
-    block = c.d_model * (2 * c.d_model + 2 * c.n_kv_head * d_head + 3 * c.d_ff)
-    tokens = sum(len(p.x) + len(p.y_w) + len(p.y_l) for p in pairs)
-    answers = sum(len(p.y_w) + len(p.y_l) for p in pairs)
-    seen = sum(
-        len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in (p.y_w, p.y_l))
-        for p in pairs
-    )
-    return (
-        2 * (c.n_layer * block * tokens + c.vocab_size * c.d_model * answers)
-        + 4 * c.n_layer * c.d_model * seen
-    )
+    block = c.d_model * (2 * c.d_model + 2 * c.n_kv_head * d_head + 3 * c.d_ff)  # weights
+    prompt_tokens = sum(len(p.x) for p in pairs)
+    answer_tokens = sum(len(p.y_w) + len(p.y_l) for p in pairs)
+    keys_seen = 0
+    for p in pairs:
+        keys_seen += len(p.x) ** 2 / 2
+        for y in (p.y_w, p.y_l):
+            keys_seen += len(y) * (len(p.x) + len(y) / 2)
+    blocks = c.n_layer * block * (prompt_tokens + answer_tokens)
+    head = c.vocab_size * c.d_model * answer_tokens
+    return 2 * (blocks + head) + 4 * c.n_layer * c.d_model * keys_seen
 
 
 def clock(device):
+    """Seconds, once all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -120,20 +130,20 @@ def matmul_rate(device, dtype):
 
 
 def peak_memory(device):
-    """Gigabytes: on CUDA what tensors held at most, on a CPU the whole process."""
+    """Gigabytes: on CUDA the most that tensors took, on a CPU the most that the process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     import resource  # Windows has none
 
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def report(c, pairs, reference_time, step_times, **more):
-    """The epoch's figures: the pass under the reference, and steps at the mean of those timed."""
+    """The figures of one epoch: of the pass under the reference, and of all steps.
+
+    A step takes the mean of step_times, without the first ones.
+    """
     seconds = reference_time + c.steps * statistics.mean(step_times[WARM_UP:])
     tokens = sum(len(p.x) + len(p.y_w) + len(p.y_l) for p in pairs)
     return {
@@ -146,6 +156,7 @@ def report(c, pairs, reference_time, step_times, **more):
 
 
 def ours(c):
+    """The figures of train.py's step."""
     tune_cpu()
     torch.manual_seed(c.seed)
     device, pairs = torch.device(c.device), make_pairs(c)
@@ -173,153 +184,191 @@ def ours(c):
         times.append(clock(device) - start)
         rates.append(matmul_rate(device, getattr(torch, c.dtype)))
     figures = report(c, pairs, reference_time, times)
-    share = (
-        4 * operations(c, pairs) / figures["s"] / statistics.mean(rates)
-    )  # backward counts as two forward passes
+    work = 4 * operations(c, pairs)  # reference, forward, and backward, which counts as two
+    share = work / figures["s"] / statistics.mean(rates)
     return {**figures, "share": share, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def trl_trainer(model, pairs, c, **settings):
-    """TRL's DPOTrainer on pairs of token ids. Its reference pass runs here, ahead of training."""
+    """TRL's DPOTrainer on pairs of token ids, after its pass under the reference.
+
+    trainer.reference_time: seconds of that pass. trainer.clock.times: when training began, and when
+    each step ended. settings: of DPOConfig.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    class Trainer(DPOTrainer):
+    device = torch.device(c.device)
+
+    class TimedTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset  # token ids already
 
         def _precompute_ref_logps(self, *args):
-            start = clock(torch.device(c.device))
+            start = clock(device)
             dataset = super()._precompute_ref_logps(*args)
-            self.reference_time = clock(torch.device(c.device)) - start
+            self.reference_time = clock(device) - start
             return dataset
 
-    class Clock(TrainerCallback):
+    class StepClock(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            self.times = [clock(torch.device(c.device))]
+            self.times = [clock(device)]
 
-        on_step_end = lambda self, *_, **__: self.times.append(clock(torch.device(c.device)))
+        def on_step_end(self, *_, **__):
+            self.times.append(clock(device))
 
-    given = dict(
-        output_dir=tempfile.mkdtemp(), max_steps=c.steps, max_length=None,
-        lr_scheduler_type="constant", precompute_ref_log_probs=True, gradient_checkpointing=c.checkpointing,
-        bf16=c.dtype == "bfloat16", fp16=c.dtype == "float16", use_cpu=c.device == "cpu", seed=c.seed, report_to="none", save_strategy="no",
-        disable_tqdm=True, logging_steps=1, dataloader_pin_memory=c.device != "cpu",
-    )  # fmt: skip
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1})),
-        pad_token="<pad>",
-        eos_token="<eos>",
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=c.steps,
+        max_length=None,
+        lr_scheduler_type="constant",
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=c.checkpointing,
+        bf16=c.dtype == "bfloat16",
+        fp16=c.dtype == "float16",
+        use_cpu=c.device == "cpu",
+        seed=c.seed,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        dataloader_pin_memory=c.device != "cpu",
+        **settings,
     )
-    rows = Dataset.from_list(
-        [{"prompt_ids": p.x, "chosen_ids": p.y_w, "rejected_ids": p.y_l} for p in pairs]
+    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>"
     )
-    timer = Clock()
-    trainer = Trainer(
+    rows = [{"prompt_ids": p.x, "chosen_ids": p.y_w, "rejected_ids": p.y_l} for p in pairs]
+    step_clock = StepClock()
+    trainer = TimedTrainer(
         model=model,
-        args=DPOConfig(**given, **settings),
-        train_dataset=rows,
-        processing_class=words,
-        callbacks=[timer],
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[step_clock],
     )
-    trainer.timer = timer
+    trainer.clock = step_clock
     return trainer
 
 
 def trl(c, at_once):
-    """The same epoch by TRL, with a Llama of the same sizes, so many pairs at once."""
+    """The figures of TRL on the same epoch, at_once pairs at once, with a Llama of these sizes."""
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     warnings.simplefilter("ignore")  # of settings that TRL or transformers will rename
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(c.seed)
     pairs = make_pairs(c)
-    sizes = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+    llama = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
         bos_token_id=None,
-    )  # fmt: skip
-    share = dict(
-        per_device_train_batch_size=at_once, gradient_accumulation_steps=c.batch_size // at_once
     )
     trainer = trl_trainer(
-        LlamaForCausalLM(sizes), pairs, c, beta=BETA, learning_rate=LEARNING_RATE, **share
+        LlamaForCausalLM(llama),
+        pairs,
+        c,
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=c.batch_size // at_once,
     )
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.train()
-    return report(c, pairs, trainer.reference_time, np.diff(trainer.timer.times).tolist())
+    return report(c, pairs, trainer.reference_time, np.diff(trainer.clock.times).tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
-def alone(measure, c):
-    """measure(c) in a process of its own, so that its peak memory is its own."""
+def in_own_process(measure, c):
+    """measure(c) in a new process, so that peak memory is of this measurement alone."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(measure, c).result()
 
 
-def middle(results):
+def medians(results):
     """The median of each figure over several measurements."""
     return {name: statistics.median(r[name] for r in results) for name in results[0]}
 
 
-def line(name, figures):
+def print_line(name, figures):
     share = f"{100 * figures['share']:9.0f} %" if "share" in figures else f"{'–':>11}"
-    print(
-        f"{name:<34}{figures['pairs/s']:9.2f}{figures['tokens/s']:11.0f}{share}{figures['GB']:9.2f}",
-        flush=True,
-    )
+    rates = f"{figures['pairs/s']:9.2f}{figures['tokens/s']:11.0f}"
+    print(f"{name:<34}{rates}{share}{figures['GB']:9.2f}", flush=True)
+
+
+def print_table(config):
+    """A line for each flag of TABLE, and for each of its values."""
+    for name in TABLE:
+        for factor in (1, 2, 4):
+            value = getattr(config, name)
+            value = type(value)(value * factor)
+            changes = {name: value}
+            if name == "batch_size":
+                changes["micro_batch_size"] = value
+            changed = replace(config, **changes)
+            results = [in_own_process(ours, changed) for _ in range(config.rounds)]
+            print_line(f"{name} {value:g}", medians(results))
+
+
+def print_comparison(config):
+    """Our line, and with --vs trl two of TRL's: a whole step at once, and pair by pair."""
+    peers = {}
+    if config.vs:
+        for n in (config.batch_size, 1):
+            peers[f"trl, {n} at once"] = functools.partial(trl, at_once=n)
+    measures = {"ours": ours, **peers}
+    results = {name: [] for name in measures}
+    for _ in range(config.rounds):
+        for name, measure in measures.items():
+            results[name].append(in_own_process(measure, config))
+    for name in measures:
+        print_line(name, medians(results[name]))
+    for name in peers:
+        ratios = medians(
+            [
+                {figure: a[figure] / b[figure] for figure in ("pairs/s", "GB")}
+                for a, b in zip(results["ours"], results[name])
+            ]
+        )
+        print(
+            f"{ratios['pairs/s']:.1f} times the pairs a second of {name}, "
+            f"in {ratios['GB']:.2f} of its memory"
+        )
 
 
 def main(argv=None):
     config = settle(Config(**parse(Config, argv, __doc__)))
     if is_torchelastic_launched():
         raise ValueError(
-            "torchrun starts this once a process, and each would measure alone; expected python bench.py"
+            "torchrun starts this once a process, and each would measure alone; "
+            "expected python bench.py"
         )
     if config.vs and config.table:
         raise ValueError(f"--table measures this code alone; leave it out, or --vs {config.vs}")
     if config.vs and not importlib.util.find_spec(config.vs):
         raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
     print(
-        f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, {config.dtype}, {config.device}, {torch.get_num_threads()} threads"
+        f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, "
+        f"{config.dtype}, {config.device}, {torch.get_num_threads()} threads"
     )
     print(f"{'':34}{'pairs/s':>9}{'tokens/s':>11}{'of matmul':>11}{'peak GB':>9}")
     if config.table:
-        for name in TABLE:
-            for factor in (1, 2, 4):
-                size = type(getattr(config, name))(getattr(config, name) * factor)
-                sizes = {name: size} | ({"micro_batch_size": size} if name == "batch_size" else {})
-                line(
-                    f"{name} {size:g}",
-                    middle([alone(ours, replace(config, **sizes)) for _ in range(config.rounds)]),
-                )
-        return
-    peers = {
-        f"trl, {n} at once": functools.partial(trl, at_once=n)
-        for n in (config.batch_size, 1)
-        if config.vs
-    }
-    sides = {"ours": ours, **peers}
-    found = {name: [] for name in sides}
-    for _ in range(config.rounds):
-        for name, measure in sides.items():
-            found[name].append(alone(measure, config))
-    for name in sides:
-        line(name, middle(found[name]))
-    for name in peers:
-        ratios = middle(
-            [
-                {figure: a[figure] / b[figure] for figure in ("pairs/s", "GB")}
-                for a, b in zip(found["ours"], found[name])
-            ]
-        )
-        print(
-            f"{ratios['pairs/s']:.1f} times the pairs a second of {name}, in {ratios['GB']:.2f} of its memory"
-        )
+        print_table(config)
+    else:
+        print_comparison(config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Files: one way to save, one way to load, one way to read JSON, one process at a time in a folder.
 
-A file is written whole or not at all. Reading one runs no code of its own, and what is damaged is recognised.
+A file is written whole or not at all. Code in a file that is read is never executed, and damage is
+recognised.
 """
 
 import json
@@ -20,14 +21,14 @@ LARGEST = 2**26  # bytes of a JSON file, or of one line
 DEEPEST = 100  # lists and objects within each other
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
 def save(path, state, keep=False):
-    """Write `state` to path, whole or not at all. keep: what stood there stays, as previous(path).
+    """Write state to path, whole or not at all. Of several processes only the first writes.
 
-    Of several processes only the first writes.
+    keep: the file that was there before stays, as previous(path).
     """
     if parallel.rank():
         return
@@ -36,45 +37,55 @@ def save(path, state, keep=False):
 
 
 def load(path):
-    """The state saved at path, on the CPU; reading it runs no code of the file's. ValueError if it is no such file, or damaged."""
+    """The state saved at path, on the CPU. ValueError if the file is damaged, or is none of ours.
+
+    Code in the file is never executed.
+    """
     try:
-        with zipfile.ZipFile(
-            path
-        ) as file:  # torch.save writes checksums and torch.load does not look at them
-            if any(part.compress_type or part.external_attr for part in file.infolist()):
-                raise ValueError("a part is packed or a folder, which torch.save's never are")
-            if damaged := file.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as e:  # bytes of another kind, or cut short, raise nearly anything
         reason = str(e).partition("\n")[0][:100] or type(e).__name__
         raise ValueError(
-            f"{path}: damaged, or not a checkpoint of ours ({reason}); expected a file that train.py saved, whole"
+            f"{path}: damaged, or not a checkpoint of ours ({reason}); "
+            "expected a file that train.py saved, whole"
         )
 
 
+def check_archive(path):
+    """ValueError if a checksum is wrong: torch.save writes checksums, torch.load ignores them."""
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type or member.external_attr for member in archive.infolist()):
+            raise ValueError("a part is packed or a folder, which torch.save's never are")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
 def load_last(path):
-    """The state last saved at path: where that is damaged the one before, with a warning; {} where there is none."""
+    """The state last saved at path: if that is damaged, the one before, with a warning; else {}."""
     for file in (path, previous(path)):
-        with suppress(FileNotFoundError):
-            try:
-                return load(file)
-            except ValueError as e:
-                print(f"warning: {e}. Going on from what was saved before it", file=sys.stderr)
+        try:
+            return load(file)
+        except FileNotFoundError:
+            continue
+        except ValueError as e:
+            print(f"warning: {e}. Going on from what was saved before it", file=sys.stderr)
     return {}
 
 
 def previous(path):
+    """Where `save` keeps the file that was at path before: state.pt → state.previous.pt."""
     return path.with_suffix(".previous" + path.suffix)
 
 
 @contextmanager
 def replacing(path, mode="w", keep=False):
-    """`with replacing(path, mode) as f:` writes a file that takes path's place once it is complete and on the disk.
+    """`with replacing(path) as f:` writes a file that takes path's place once it is complete.
 
-    OSError names path where it cannot be written; then, as after any other error, path is as it was.
+    After any error, path is as it was. OSError names path where it cannot be written.
     """
     path = Path(path)
     temporary = Path(f"{path}.tmp")
@@ -90,9 +101,8 @@ def replacing(path, mode="w", keep=False):
     except BaseException as e:
         with suppress(OSError):
             os.remove(temporary)
-        cause = (
-            e.__context__ if isinstance(e, RuntimeError) else e
-        )  # torch.save may hide the system's error
+        # torch.save may raise a RuntimeError that hides the system's error.
+        cause = e.__context__ if isinstance(e, RuntimeError) else e
         if isinstance(cause, OSError):
             raise OSError(f"{path}: cannot be written ({cause.strerror or cause})") from e
         raise
@@ -110,9 +120,13 @@ def sync_folder(folder):
 
 @contextmanager
 def alone(folder):
-    """Hold folder against other processes. ValueError if one holds it; the system frees it when that process ends, however."""
+    """Lock folder against other processes. ValueError if another process has the lock.
+
+    The system frees the lock when its process ends, also when it is killed.
+    """
+    lock = nullcontext() if parallel.rank() else FileLock(folder / ".lock", timeout=0)
     try:
-        with FileLock(folder / ".lock", timeout=0) if not parallel.rank() else nullcontext():
+        with lock:
             yield
     except Timeout:
         raise ValueError(
@@ -120,50 +134,51 @@ def alone(folder):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # JSON
 
 
 def read_json(path, needed=None):
-    """The JSON object in the file at path. ValueError names the file where it is anything else, or where a value of
-    {name: type, types or None for any} is missing or of another type."""
+    """The JSON object in the file at path, as a dict. ValueError names the file and what is wrong.
+
+    needed: {name: type, several types, or None for any} of the fields that it must have.
+    """
     with open(path, "rb") as f:
         value = parse_json(f.read(LARGEST + 1), path)
-    for name, kind in (needed or {}).items():
+    for name, types in (needed or {}).items():
         if name not in value:
             raise ValueError(
                 f"{path}: {name} is missing; expected a file that this version of train.py wrote"
             )
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if kind and type(value[name]) not in kinds:
-            raise ValueError(
-                f"{path}: {name} is {show(value[name])}; expected {' or '.join(k.__name__ for k in kinds)}"
-            )
+        if types is None:
+            continue
+        types = types if isinstance(types, tuple) else (types,)
+        if type(value[name]) not in types:
+            expected = " or ".join(t.__name__ for t in types)
+            raise ValueError(f"{path}: {name} is {show(value[name])}; expected {expected}")
     return value
 
 
 def parse_json(raw, place):
-    """Bytes as a dict. ValueError names place, value and remedy."""
+    """The JSON object in raw, bytes, as a dict. ValueError names place, value and remedy."""
     if len(raw) > LARGEST:
         raise ValueError(f"{place}: more than {LARGEST >> 20} MiB of JSON at once; expected less")
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number
-        )
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except UnicodeDecodeError as e:
         raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
     except json.JSONDecodeError as e:
         raise ValueError(
-            f"{place}: not valid JSON ({e.msg} at line {e.lineno} column {e.colno}); expected one object"
+            f"{place}: not valid JSON ({e.msg} at line {e.lineno} column {e.colno}); "
+            "expected one object"
         )
-    except (
-        ValueError,
-        RecursionError,
-    ) as e:  # a field twice, a number of thousands of digits, brackets nested as deep
+    except (ValueError, RecursionError) as e:  # a field twice, a number of thousands of digits, …
         raise ValueError(
-            f"{place}: JSON that cannot be read ({e}); expected an object with each field once, not nested deeply"
+            f"{place}: JSON that cannot be read ({e}); "
+            "expected an object with each field once, not nested deeply"
         )
-    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _deep(value):
+    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_too_deep(value):
         raise ValueError(f"{place}: JSON nested more than {DEEPEST} deep; expected less")
     if not isinstance(value, dict):
         raise ValueError(f"{place}: holds {show(value)}; expected a JSON object")
@@ -171,12 +186,11 @@ def parse_json(raw, place):
 
 
 def _unique(fields):
-    """A JSON object's fields as a dict; json itself would let the last of two labels win without a word."""
+    """A JSON object's fields as a dict. json alone would silently use the last of two labels."""
     value = dict(fields)
     if len(value) < len(fields):
-        raise ValueError(
-            f"{show(Counter(name for name, _ in fields).most_common(1)[0][0])} is given twice"
-        )
+        ((name, _),) = Counter(name for name, _ in fields).most_common(1)
+        raise ValueError(f"{show(name)} is given twice")
     return value
 
 
@@ -184,19 +198,20 @@ def _no_number(name):
     raise ValueError(f"{name} is no number")
 
 
-def _deep(value):
+def _is_too_deep(value):
     level = [value]
     for _ in range(DEEPEST):
-        level = [
-            part
-            for v in level
-            if isinstance(v, (list, dict))
-            for part in (v.values() if isinstance(v, dict) else v)
-        ]
+        children = []
+        for parent in level:
+            if isinstance(parent, dict):
+                children += parent.values()
+            elif isinstance(parent, list):
+                children += parent
+        level = children
     return bool(level)
 
 
 def show(value):
-    """value in an error's line."""
+    """value as JSON, cut to what fits into an error's line."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -4,8 +4,9 @@ import itertools
 import json
 from pathlib import Path
 
-from lib import checkpoint, pretrained, records, runs
+from lib import checkpoint, records, runs, score_model
 from lib.device import pick_device, pick_dtype
+from lib.formats import checked_values
 from lib.metrics import judged
 from lib.policy import log_probs
 from lib.settings import JUDGES, MODELS
@@ -44,7 +45,7 @@ def read_samples(folder, result):
     _, path = runs.result_files(folder, result["settings"])
     rows = []
     for row, place in records.read_rows(path):
-        records.take(row, dict.fromkeys(("prompt", *MODELS), str), place)
+        checked_values(row, dict.fromkeys(("prompt", *MODELS), str), place)
         rows.append(row)
     return rows
 
@@ -54,7 +55,7 @@ def add_scores_of_model(folder, score, rows, config):
     device = pick_device(config.device)
     answers = [(row["prompt"], row[name]) for row in rows for name in MODELS]
     template = TEMPLATES.get(config.judge_template, config.judge_template)
-    model, examples = pretrained.load_judge(folder, template, answers, device)
+    model, examples = score_model.load_judge(folder, template, answers, device)
     dtype = pick_dtype(config.dtype, device)
     scores = log_probs(model, examples, device, dtype, title=f"{score}s")
     if not scores.isfinite().all():
@@ -83,7 +84,7 @@ def add_scores_from_file(path, rows):
                 "expected the rows of samples.jsonl"
             )
         copy, place = scored[texts(row)]
-        values = records.take(copy, dict.fromkeys(names, float), place)
+        values = checked_values(copy, dict.fromkeys(names, float), place)
         row.update(zip(names, values))
 
 

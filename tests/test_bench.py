@@ -1,7 +1,10 @@
 """The benchmark: what it counts, and that it runs."""
 
+import shlex
 import subprocess
 import sys
+from itertools import chain
+from statistics import mean
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ import bench
 from model import ModelConfig, Transformer, pack_rows
 from safedpo import Pair
 
-SMALL = "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 24 --vocab_size 300 --steps 3 --prompt_tokens 5 --answer_tokens 6".split()
+SMALL = shlex.split(
+    "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 24 --vocab_size 300 "
+    "--steps 3 --prompt_tokens 5 --answer_tokens 6"
+)
 
 
 def config(*flags):
@@ -20,12 +26,10 @@ def config(*flags):
 
 def test_operations_by_hand():
     pairs = [Pair([2] * 4, [3, 3, 1], [4, 1], 0, 0)]  # 9 tokens, 5 of them answers
-    weights = (
-        16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 24
-    )  # q k v, out, SwiGLU: each token is multiplied by all
-    seen = (
-        4 * 4 / 2 + 3 * (4 + 1.5) + 2 * (4 + 1)
-    )  # keys seen by the prompt's queries and each answer's
+    # q k v, out, SwiGLU: each token is multiplied by all
+    weights = 16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 24
+    # keys seen by the prompt's queries and each answer's
+    seen = 4 * 4 / 2 + 3 * (4 + 1.5) + 2 * (4 + 1)
     expected = 2 * (9 * weights + 5 * 300 * 16) + 2 * 2 * 16 * seen  # scores, and sums of values
     assert bench.operations(config(), pairs) == expected
 
@@ -41,78 +45,62 @@ def test_operations_against_torchs_own_count():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for p in pairs:
             net(pack_rows([(p.x, [p.y_w, p.y_l])]))
-    attention = (
-        4
-        * 16
-        * sum(
-            len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in p[1:3]) for p in pairs
-        )
+    keys_seen = sum(
+        len(p.x) ** 2 / 2 + sum(len(y) * (len(p.x) + len(y) / 2) for y in p[1:3]) for p in pairs
     )
-    products = sum(
-        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
-    )
-    assert bench.operations(c, pairs) - attention == products
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    assert bench.operations(c, pairs) - 4 * 16 * keys_seen == products
 
 
 def test_pairs_have_the_lengths_asked_for():
     pairs = bench.make_pairs(
         config("--steps", "400", "--prompt_tokens", "25", "--answer_tokens", "80")
     )
-    mean = lambda lengths: sum(lengths) / len(lengths)
-    assert mean([len(p.x) for p in pairs]) == pytest.approx(25, rel=0.05)
-    assert (
-        mean([len(p.y_w) for p in pairs]) == pytest.approx(81, rel=0.05) and pairs[0].y_w[-1] == 1
-    )
+    assert mean(len(p.x) for p in pairs) == pytest.approx(25, rel=0.05)
+    assert mean(len(p.y_w) for p in pairs) == pytest.approx(81, rel=0.05)
+    assert pairs[0].y_w[-1] == 1
 
 
 def test_it_prints_figures(capsys):
     bench.main([*SMALL, "--checkpointing"])
     *_, line = capsys.readouterr().out.splitlines()
-    name, pairs, tokens, share, _, memory = line.split()
-    assert (
-        name == "ours"
-        and float(pairs) > 0
-        and float(tokens) > 5 * float(pairs)
-        and float(memory) > 0.1
-    )
+    name, pairs, tokens, _, _, memory = line.split()
+    assert name == "ours"
+    assert float(pairs) > 0
+    assert float(tokens) > 5 * float(pairs)
+    assert float(memory) > 0.1
 
 
 def test_figures_by_hand(monkeypatch):
     monkeypatch.setattr(bench, "peak_memory", lambda device: 1.5)
-    pairs = [
-        Pair([2] * 4, [3, 3, 1], [4, 1], 0, 0)
-    ] * 12  # 4 steps of 3, of which two are timed: 2 s each on average
-    figures = bench.report(
-        config("--steps", "4", "--batch_size", "3"), pairs, 4.0, [50.0, 50.0, 1.0, 3.0]
-    )
+    pairs = [Pair([2] * 4, [3, 3, 1], [4, 1], 0, 0)] * 12
+    c = config("--steps", "4", "--batch_size", "3")
+    # 4 steps, of which two are timed: 2 s each on average
+    figures = bench.report(c, pairs, 4.0, [50.0, 50.0, 1.0, 3.0])
     assert figures == {"pairs/s": 12 / (4 + 4 * 2), "tokens/s": 12 * 9 / 12, "GB": 1.5, "s": 12.0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_that_is_timed_is_the_whole_step(monkeypatch, dtype):
-    calls, now = [], [0.0]
-    step = lambda batches: (
-        calls.append([i for batch in batches for i in batch.pairs])
-        or now.__setitem__(0, now[0] + 2.0)
-    )
+    calls = []  # the pairs of each
 
     def train_step(model, optimizer, scaler, batches, loss, clip, precision):
         with precision:
             assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == getattr(torch, dtype)
-        step(batches)
+        calls.append([i for batch in batches for i in batch.pairs])
 
     monkeypatch.setattr(bench.train, "train_step", train_step)
-    monkeypatch.setattr(bench, "clock", lambda device: now[0])
-    monkeypatch.setattr(
-        bench, "matmul_rate", lambda device, kind: {getattr(torch, dtype): 1e6}[kind]
-    )
+    monkeypatch.setattr(bench, "clock", lambda device: 2.0 * len(calls))  # 2 s a step
+    rates = {getattr(torch, dtype): 1e6}
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, kind: rates[kind])
     c = config("--dtype", dtype)
     figures = bench.ours(c)
-    assert [len(pairs) for pairs in calls] == [8] * 3 and sorted(sum(calls, [])) == list(range(24))
+    assert [len(pairs) for pairs in calls] == [8] * 3
+    assert sorted(chain(*calls)) == list(range(24))
     assert figures["s"] == 6.0 and figures["pairs/s"] == 4.0
-    assert figures["share"] == pytest.approx(
-        4 * bench.operations(c, bench.make_pairs(c)) / 6.0 / 1e6
-    )
+    work = 4 * bench.operations(c, bench.make_pairs(c))
+    assert figures["share"] == pytest.approx(work / 6.0 / 1e6)
 
 
 def test_the_rate_is_that_of_a_product(monkeypatch):
@@ -124,11 +112,13 @@ def test_the_rate_is_that_of_a_product(monkeypatch):
 
 
 def test_memory_is_that_of_the_process():
-    program = "import bench, torch; held = torch.ones(2**28); print(bench.peak_memory(torch.device('cpu')))"  # 1.07 GB
-    said = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT
-    ).stdout
-    assert 1.1 < float(said) < 1.9
+    program = (
+        "import bench, torch; held = torch.ones(2**28); "  # 1.07 GB
+        "print(bench.peak_memory(torch.device('cpu')))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert 1.1 < float(done.stdout) < 1.9
 
 
 def test_what_it_cannot_do_is_said():
@@ -138,5 +128,5 @@ def test_what_it_cannot_do_is_said():
 
 def test_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(ValueError, match="expected python bench.py"):
+    with pytest.raises(ValueError, match=r"expected python bench\.py"):
         bench.main(SMALL)

@@ -27,25 +27,24 @@ def equal(a, b):
 def test_a_changed_byte_or_a_cut_is_recognised_or_changes_nothing(finished, tmp_path):
     random.seed(0)
     raw = (finished / "policy.pt").read_bytes()
-    expected, seen = checkpoint.load(finished / "policy.pt"), 0
-    places = [random.randrange(len(raw)) for _ in range(300)] + list(
-        range(len(raw) - 1000, len(raw))
-    )  # the end holds zip's table
+    expected = checkpoint.load(finished / "policy.pt")
+    path = tmp_path / "x.pt"
+    recognised = 0
+    places = [random.randrange(len(raw)) for _ in range(300)]
+    places += range(len(raw) - 1000, len(raw))  # the end holds zip's table
     for i, place in enumerate(places):
-        changed = (
-            raw[:place]
-            if i % 6 == 0
-            else raw[:place] + bytes([raw[place] ^ 1 << random.randrange(8)]) + raw[place + 1 :]
-        )
-        (tmp_path / "x.pt").write_bytes(changed)
+        if i % 6 == 0:
+            path.write_bytes(raw[:place])
+        else:
+            changed_byte = bytes([raw[place] ^ 1 << random.randrange(8)])
+            path.write_bytes(raw[:place] + changed_byte + raw[place + 1 :])
         try:
-            assert equal(checkpoint.load(tmp_path / "x.pt"), expected), place
+            assert equal(checkpoint.load(path), expected), place
         except ValueError as e:
-            seen += 1
-            assert str(e).startswith(
-                f"{tmp_path / 'x.pt'}: damaged, or not a checkpoint of ours ("
-            ) and "\n" not in str(e)
-    assert seen > 700
+            recognised += 1
+            assert str(e).startswith(f"{path}: damaged, or not a checkpoint of ours (")
+            assert "\n" not in str(e)
+    assert recognised > 700
     packed = tmp_path / "packed.pt"
     shutil.copy(finished / "policy.pt", packed)
     with zipfile.ZipFile(packed, "a", zipfile.ZIP_DEFLATED) as file:
@@ -57,12 +56,11 @@ def test_a_changed_byte_or_a_cut_is_recognised_or_changes_nothing(finished, tmp_
 def test_what_fails_half_way_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "x.pt"
     checkpoint.save(path, {"a": 1})
-    with pytest.raises(RuntimeError, match="mine"):
-        with checkpoint.replacing(path, "wb") as f:
-            f.write(b"half")
-            raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"), checkpoint.replacing(path, "wb") as f:
+        f.write(b"half")
+        raise RuntimeError("mine")
     os.symlink("/dev/full", f"{path}.tmp")
-    with pytest.raises(OSError, match="x.pt: cannot be written \\(No space left on device\\)"):
+    with pytest.raises(OSError, match=r"x.pt: cannot be written \(No space left on device\)"):
         checkpoint.save(path, {"a": torch.zeros(10**5)})
     assert checkpoint.load(path) == {"a": 1} and os.listdir(tmp_path) == ["x.pt"]
 
@@ -71,10 +69,8 @@ def test_the_one_before_is_kept_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "state.pt"
     for step in (1, 2, 3):
         checkpoint.save(path, {"step": step}, keep=True)
-    assert (
-        checkpoint.load(path)["step"] == 3
-        and checkpoint.load(tmp_path / "state.previous.pt")["step"] == 2
-    )
+    assert checkpoint.load(path)["step"] == 3
+    assert checkpoint.load(tmp_path / "state.previous.pt")["step"] == 2
     path.write_bytes(path.read_bytes()[:-100])
     assert checkpoint.load_last(path)["step"] == 2
     path.unlink()
@@ -84,15 +80,15 @@ def test_the_one_before_is_kept_until_the_new_one_is_whole(tmp_path):
 
 
 def stop_after(monkeypatch, steps):
-    take, taken = train.train_step, []
+    train_step, calls = train.train_step, []
 
-    def stops(*args):
-        taken.append(1)
-        if len(taken) > steps:
+    def stopping_step(*args):
+        calls.append(args)
+        if len(calls) > steps:
             raise KeyboardInterrupt
-        return take(*args)
+        return train_step(*args)
 
-    monkeypatch.setattr(train, "train_step", stops)
+    monkeypatch.setattr(train, "train_step", stopping_step)
 
 
 def scramble(path):
@@ -118,7 +114,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     argv = [*TINY, "--data", str(folder), "--delta", "5", "--out_dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         stop_after(patch, 9)
-        with pytest.raises(KeyboardInterrupt, match="to go on: python train.py --resume --out_dir"):
+        message = r"to go on: python train\.py --resume --out_dir"
+        with pytest.raises(KeyboardInterrupt, match=message):
             train.main([*argv, "--save_every", "1"])
     for name in names:
         damage(tmp_path / "run" / name)
@@ -145,30 +142,19 @@ def test_nothing_executes(finished, folder, capsys, tmp_path):
         shutil.copytree(finished, run)
         for gone in ("policy.pt", "eval.json"):
             (run / gone).unlink()
-        torch.save(
-            {
-                "stage": "safedpo",
-                "model": Evil(str(proof)),
-                "config": Evil(str(proof)),
-                "ref": Evil(str(proof)),
-            },
-            run / name,
-        )
+        evil = Evil(str(proof))
+        torch.save({"stage": "safedpo", "model": evil, "config": evil, "ref": evil}, run / name)
         if name == "policy.pt":
             complaint(eval_room.main, [str(run)], capsys)
-            complaint(
-                train.main,
-                [
-                    *SHORT,
-                    "--data",
-                    str(folder),
-                    "--init_from",
-                    str(run),
-                    "--out_dir",
-                    str(tmp_path / "x"),
-                ],
-                capsys,
-            )
+            argv = [
+                "--data",
+                str(folder),
+                "--init_from",
+                str(run),
+                "--out_dir",
+                str(tmp_path / "x"),
+            ]
+            complaint(train.main, [*SHORT, *argv], capsys)
         elif name == "reference.pt":
             complaint(train.main, ["--resume", "--out_dir", str(run)], capsys)
         else:
@@ -182,16 +168,8 @@ def test_nothing_executes(finished, folder, capsys, tmp_path):
 
 def test_a_state_that_fits_no_run_is_named(finished, folder, capsys, tmp_path):
     run = tmp_path / "run"
-    for state in (
-        {"stage": "safedpo"},
-        {
-            "stage": "safedpo",
-            "step": 1,
-            "model": {"a": torch.zeros(1)},
-            "optimizer": {},
-            "scaler": {},
-        },
-    ):
+    of_another_model = {"model": {"a": torch.zeros(1)}, "optimizer": {}, "scaler": {}}
+    for state in ({"stage": "safedpo"}, {"stage": "safedpo", "step": 1, **of_another_model}):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(finished, run)
         (run / "policy.pt").unlink()
@@ -215,9 +193,8 @@ def test_json_that_nests_absurdly(depth):
         if depth < 100:
             checkpoint.parse_json(raw, "f:1")
         else:
-            with pytest.raises(
-                ValueError, match="f:1: JSON (nested more than 100 deep|that cannot be read)"
-            ):
+            message = r"f:1: JSON (nested more than 100 deep|that cannot be read)"
+            with pytest.raises(ValueError, match=message):
                 checkpoint.parse_json(raw, "f:1")
 
 
@@ -229,15 +206,14 @@ def test_lines_of_100_mb_are_refused_and_not_swallowed(tmp_path, monkeypatch):
     for file, place in (("train.jsonl", "train.jsonl:1"), ("bomb.jsonl.gz", "bomb.jsonl.gz:2")):
         with pytest.raises(ValueError, match=f"{place}: more than 64 MiB of JSON at once"):
             list(records.read_rows(tmp_path / file))
-    with pytest.raises(ValueError, match="config.json: more than 64 MiB"):
+    with pytest.raises(ValueError, match=r"config\.json: more than 64 MiB"):
         checkpoint.read_json(tmp_path / "config.json")
 
 
 def test_a_folder_is_held_by_one(tmp_path):
-    with checkpoint.alone(tmp_path):
-        with pytest.raises(ValueError, match="another process is at work on the run in"):
-            with checkpoint.alone(tmp_path):
-                pass
+    taken = pytest.raises(ValueError, match="another process is at work on the run in")
+    with checkpoint.alone(tmp_path), taken, checkpoint.alone(tmp_path):
+        pass
     with checkpoint.alone(tmp_path):
         pass
 

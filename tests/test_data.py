@@ -12,8 +12,9 @@ from tokenizers import models
 
 import data
 from data import encode, prefetch, step_batches, steps_per_epoch
+from lib.formats import Record
 from lib.policy import load_model
-from lib.records import Record, choose_pairs, read_jsonl
+from lib.records import choose_pairs, read_jsonl
 from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair
 

@@ -10,8 +10,9 @@ import torch
 
 import eval as script
 from eval import evaluate
+from lib.formats import Record
 from lib.policy import load_model
-from lib.records import Record, Records
+from lib.records import Records
 from lib.report import table
 from lib.settings import SAMPLING, Settings
 from safedpo import response_logps

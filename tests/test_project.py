@@ -36,7 +36,7 @@ PACKAGES = {  # what a file may import that is neither ours nor Python's own
     "safedpo.py": {"torch"},
     "model.py": {"torch"},
     "village/world.py": set(),
-    "lib/pretrained.py": {"torch", "tokenizers", "safetensors"},
+    "lib/hf_weights.py": {"torch", "safetensors"},
     "lib/report.py": {"matplotlib"},
     "lib/checkpoint.py": {"torch", "filelock"},
     "bench.py": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},

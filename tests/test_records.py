@@ -25,12 +25,10 @@ def row(**changes):
     return {k: v for k, v in {**ROW, **changes}.items() if v is not ...}
 
 
-def records_of(rows, reader="PKU-SafeRLHF", notes=None):
-    return list(
-        records.FORMATS[reader][0](
-            ((r, f"here:{i}") for i, r in enumerate(rows, 7)), Counter() if notes is None else notes
-        )
-    )
+def records_of(rows, name="PKU-SafeRLHF", notes=None):
+    notes = Counter() if notes is None else notes
+    numbered = ((r, f"here:{i}") for i, r in enumerate(rows, 7))
+    return list(records.FORMATS[name].read(numbered, notes))
 
 
 def choose_pairs(rows, choice):
@@ -93,21 +91,15 @@ def write(path, lines, opener=open):
 def test_files_and_folders_packed_or_not(tmp_path, suffix, opener):
     rows = [row(prompt=f"prompt {i}") for i in range(60)]
     for split in ("train", "test"):
-        write(
-            tmp_path / f"{split}.jsonl{suffix}",
-            map(json.dumps, rows if split == "train" else rows[:5]),
-            opener,
-        )
+        lines = map(json.dumps, rows if split == "train" else rows[:5])
+        write(tmp_path / f"{split}.jsonl{suffix}", lines, opener)
     folder, file = load(str(tmp_path)), load(str(tmp_path / f"train.jsonl{suffix}"))
-    assert [r.prompt for r in folder["train"]] == [r["prompt"] for r in rows] and len(
-        list(folder["test"])
-    ) == 5
-    assert sorted(r.prompt for split in file.values() for r in split) == sorted(
-        r["prompt"] for r in rows
-    )
-    assert list(file["test"]) and not {r.prompt for r in file["train"]} & {
-        r.prompt for r in file["test"]
-    }
+    prompts = [r["prompt"] for r in rows]
+    assert [r.prompt for r in folder["train"]] == prompts
+    assert len(list(folder["test"])) == 5
+    train, test = ([r.prompt for r in file[split]] for split in ("train", "test"))
+    assert sorted(train + test) == sorted(prompts)
+    assert test and not set(train) & set(test)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +163,12 @@ def test_preference_pairs_in_every_spelling_are_the_same_records():
                 f"{side}_{word}": s == (word == "safe")
                 for side, s in zip(("chosen", "rejected"), safe)
             }
-            for x, y_w, y_l in (
-                ("x?", "yes", "no"),
-                (chat("user", "x?"), chat("assistant", "yes"), chat("assistant", "no")),
-            ):
+            texts = ("x?", "yes", "no")
+            chats = (chat("user", "x?"), chat("assistant", "yes"), chat("assistant", "no"))
+            for x, y_w, y_l in (texts, chats):
                 row = {"prompt": x, "chosen": y_w, "rejected": y_l, **labels, "score_chosen": 3}
-                assert (
-                    records.recognise(row, "here") == "preference pairs"
-                    and records_of([row], "preference pairs") == expected
-                )
+                assert records.recognise(row, "here") == "preference pairs"
+                assert records_of([row], "preference pairs") == expected
 
 
 @pytest.mark.parametrize(
@@ -252,11 +241,13 @@ def test_single_answers_are_paired_with_those_of_the_other_kind():
     [
         (
             ("prompt", "response_0", "response_1", "better_response_id"),
-            "PKU-SafeRLHF without safety labels; each row needs is_response_0_safe and is_response_1_safe, true or false",
+            "PKU-SafeRLHF without safety labels; "
+            "each row needs is_response_0_safe and is_response_1_safe, true or false",
         ),
         (
             ("prompt", "chosen", "rejected"),
-            "preference pairs without safety labels; each row needs chosen_unsafe and rejected_unsafe, true or false",
+            "preference pairs without safety labels; "
+            "each row needs chosen_unsafe and rejected_unsafe, true or false",
         ),
         (
             ("prompt", "response", "category"),
@@ -264,7 +255,8 @@ def test_single_answers_are_paired_with_those_of_the_other_kind():
         ),
         (
             ("instruction", "output"),
-            'the fields are .*"instruction", "output".*; expected prompt, and response_0 and response_1; chosen and rejected; response',
+            'the fields are .*"instruction", "output".*; '
+            "expected prompt, and response_0 and response_1; chosen and rejected; response",
         ),
     ],
 )
@@ -309,10 +301,8 @@ def test_counts_of_T():
         + labelled(0, False, False, 4)
     )
     pairs, counts = choose_pairs(records, "safedpo")
-    assert (
-        counts == {"kept safe-safe": 1, "kept safe-unsafe": 2, "swapped": 3, "dropped": 4}
-        and len(pairs) == 6
-    )
+    assert counts == {"kept safe-safe": 1, "kept safe-unsafe": 2, "swapped": 3, "dropped": 4}
+    assert len(pairs) == 6
     _, counts = choose_pairs(records, "noswap")
     assert counts == {
         "kept safe-safe": 1,
@@ -341,17 +331,16 @@ def test_what_is_odd_is_counted_and_reported():
     }
     digest, lines = records.survey(splits)
     assert lines[0].startswith("10 train, 2 test")
-    assert {line for line in lines[1:]} == {
-        "2 train rows call an unsafe answer the safer one beside a safe answer; only --pairs harmless reads that",
+    assert set(lines[1:]) == {
+        "2 train rows call an unsafe answer the safer one beside a safe answer; "
+        "only --pairs harmless reads that",
         "1 train rows have two answers that are the same",
         "1 test rows have two answers that are the same",
         "2 train rows have a prompt that is in test too",
     }
     assert records.survey(splits) == (digest, lines), "a second pass counts anew"
-    assert (
-        records.survey({**splits, "train": Records("train", lambda notes: iter(train[:-1]))})[0]
-        != digest
-    )
+    fewer = {**splits, "train": Records("train", lambda notes: iter(train[:-1]))}
+    assert records.survey(fewer)[0] != digest
 
 
 def test_label_noise_flips_flags_and_nothing_else():
@@ -365,7 +354,6 @@ def test_label_noise_flips_flags_and_nothing_else():
         == (b.prompt, b.better_response_id, b.safer_response_id)
         for a, b in zip(records, noisy)
     )
-    flipped = [
-        list(flip_flags(records, share, seed)) for share, seed in ((0.0, 0), (0.2, 0), (0.2, 1))
-    ]
-    assert flipped[0] == records and flipped[1] == noisy != flipped[2]
+    assert list(flip_flags(records, 0.0, seed=0)) == records
+    assert list(flip_flags(records, 0.2, seed=0)) == noisy
+    assert list(flip_flags(records, 0.2, seed=1)) != noisy

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from statistics import mean
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer as BPE
 
 import eval as eval_room
 import train
-from lib import pretrained
+from lib import hf_weights, pretrained, score_model
 from lib.policy import load_model, log_probs
 from lib.sampling import generate
 from lib.tokenizer import TEMPLATES
@@ -72,30 +73,32 @@ FAMILIES = {  # → transformers' configuration, and how the folder is saved
 
 
 def byte_level(path):
-    """A folder with a byte-level BPE that has special tokens of its own, Qwen2's way: no BOS, <|im_end|> ends an answer."""
+    """A folder with a byte-level BPE that has special tokens of its own, as Qwen2's.
+
+    There is no BOS, and <|im_end|> ends an answer.
+    """
     bpe = BPE(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(TEXT, trainer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    )
     fast.save_pretrained(path)
 
 
 def sentencepiece_like(path):
-    """A folder with a BPE as Llama 2's was converted: ▁ for spaces, one before each text, bytes for the rest, <s> first."""
+    """A folder with a BPE as Llama 2's was converted.
+
+    ▁ stands for a space, one before each text, bytes for what is unknown, and <s> is first.
+    """
     bpe = BPE(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
@@ -119,18 +122,11 @@ def sentencepiece_like(path):
 
 
 def metaspace(path):
-    """The same as newer Llama 2 and Mistral folders have it: ▁ before the first word only, and not by the normalizer."""
+    """The same in newer Llama 2 and Mistral folders: ▁ before the first word, by pre-tokenizer."""
     sentencepiece_like(path)
     state = json.loads((path / "tokenizer.json").read_text())
-    state |= {
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": "▁",
-            "prepend_scheme": "first",
-            "split": False,
-        },
-    }
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    state |= {"normalizer": None, "pre_tokenizer": metaspace}
     (path / "tokenizer.json").write_text(json.dumps(state))
 
 
@@ -143,21 +139,12 @@ TOKENIZERS = {
 
 @torch.no_grad()
 def make(path, family="llama2", dtype=torch.float32, tokenizer="byte-level", **changes):
-    """A folder that transformers wrote, and its model in float32. Biases and norms are random too."""
-    name, own, saving = FAMILIES[family]
+    """A folder that transformers wrote, and its model in float32. Biases and norms are random."""
+    name, settings, saving = FAMILIES[family]
     TOKENIZERS[tokenizer](path)
     torch.manual_seed(0)
-    config = getattr(transformers, name + "Config")(
-        **{
-            **SIZES,
-            "vocab_size": 420,
-            "pad_token_id": 0,
-            "bos_token_id": None,
-            "eos_token_id": 2,
-            **own,
-            **changes,
-        }
-    )
+    ids = dict(vocab_size=420, pad_token_id=0, bos_token_id=None, eos_token_id=2)
+    config = getattr(transformers, name + "Config")(**{**SIZES, **ids, **settings, **changes})
     peer = getattr(transformers, name + "ForCausalLM")(config).eval()
     for p in peer.parameters():
         if p.dim() == 1:
@@ -169,6 +156,12 @@ def make(path, family="llama2", dtype=torch.float32, tokenizer="byte-level", **c
 def change(path, file="config.json", **changes):
     values = {**json.loads((path / file).read_text()), **changes}
     (path / file).write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+def argv(**flags):
+    """train.py's arguments for a short run with these flags."""
+    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return [*SHORT, *given]
 
 
 @torch.no_grad()
@@ -189,27 +182,20 @@ def test_logits_greedy_answers_and_weights_are_transformers(family, dtype, tmp_p
     assert theirs.std() > 0.3, "a comparison of zeros would tell nothing"
     torch.testing.assert_close(logits(net, ids), theirs, rtol=0, atol=1e-4)
     for prompt in (ids[:3], ids[:30]):
-        said = peer.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            max_new_tokens=20,
-            do_sample=False,
-        )
-        assert generate(net, [prompt], 20, tokenizer.eos, temperature=0) == [
-            said[0, len(prompt) :].tolist()
-        ]
+        mask = torch.ones(1, len(prompt))
+        settings = dict(attention_mask=mask, max_new_tokens=20, do_sample=False)
+        expected = peer.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+        assert generate(net, [prompt], 20, tokenizer.eos, temperature=0) == [expected]
 
     pretrained.export(net, tokenizer, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto")
-    assert {p.dtype for p in again.parameters()} == {
-        dtype
-    } and again.state_dict().keys() == before.state_dict().keys()
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    assert again.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(w, before.state_dict()[name]) for name, w in again.state_dict().items())
     if family == "llama3":
-        assert len(list((tmp_path / "in").glob("model-*.safetensors"))) > 2, (
-            "one folder is in shards"
-        )
+        shards = list((tmp_path / "in").glob("model-*.safetensors"))
+        assert len(shards) > 2, "one folder is in shards"
 
 
 def test_what_is_no_weight_is_exported_as_it_was(tmp_path):
@@ -237,13 +223,10 @@ def test_configs_of_older_releases_mean_the_same(kind, tmp_path):
     if kind == "torch_dtype":
         change(tmp_path, dtype=..., torch_dtype="float16")
     net, tokenizer = pretrained.load(tmp_path, "{prompt}", 64, CPU)
+    ids = [5, 6, 7] * 15
     with torch.no_grad():
-        torch.testing.assert_close(
-            logits(net, [5, 6, 7] * 15),
-            peer(torch.tensor([[5, 6, 7] * 15])).logits[0],
-            rtol=0,
-            atol=1e-4,
-        )
+        expected = peer(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits(net, ids), expected, rtol=0, atol=1e-4)
     pretrained.export(net, tokenizer, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype" if kind == "torch_dtype" else "dtype"] == "float32", (
@@ -256,18 +239,13 @@ def test_our_own_models_are_llamas_to_transformers(finished, tmp_path):
     pretrained.export(net, tokenizer, tmp_path / "out")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    (x,), (y,) = (
-        tokenizer.prompts(["How do I make a red kite?"]),
-        tokenizer.answers(["First bend the copper."]),
-    )
-    assert (
-        fast("How do I make a red kite?\n").input_ids == x
-        and fast("First bend the copper.").input_ids + [fast.eos_token_id] == y
-    )
+    (x,) = tokenizer.prompts(["How do I make a red kite?"])
+    (y,) = tokenizer.answers(["First bend the copper."])
+    assert fast("How do I make a red kite?\n").input_ids == x
+    assert fast("First bend the copper.").input_ids + [fast.eos_token_id] == y
     with torch.no_grad():
-        torch.testing.assert_close(
-            logits(net, x + y), peer(torch.tensor([x + y])).logits[0], rtol=0, atol=1e-4
-        )
+        expected = peer(torch.tensor([x + y])).logits[0]
+    torch.testing.assert_close(logits(net, x + y), expected, rtol=0, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,16 +281,13 @@ def test_prompts_and_answers_are_encoded_as_transformers_does(kind, template, tm
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in STRANGE:
         assert ours.prompts([text]) == [theirs(template.replace("{prompt}", text)).input_ids]
-        assert ours.answers([text]) == [
-            theirs(text, add_special_tokens=False).input_ids + [theirs.eos_token_id]
-        ]
+        answer = theirs(text, add_special_tokens=False).input_ids
+        assert ours.answers([text]) == [answer + [theirs.eos_token_id]]
         for prompt in ("How?", text):  # as one text, for judges
-            assert ours.dialogues([prompt], [text]) == [
-                theirs(template.replace("{prompt}", prompt) + text).input_ids
-            ]
-        assert ours.decode(ours.answers([text])[0]) == theirs.decode(
-            theirs(text, add_special_tokens=False).input_ids, clean_up_tokenization_spaces=False
-        )
+            dialogue = theirs(template.replace("{prompt}", prompt) + text).input_ids
+            assert ours.dialogues([prompt], [text]) == [dialogue]
+        decoded = theirs.decode(answer, clean_up_tokenization_spaces=False)
+        assert ours.decode(ours.answers([text])[0]) == decoded
     assert ours.first == ([] if kind == "byte-level" else [1])
 
 
@@ -349,19 +324,14 @@ def test_a_template_whose_parts_are_not_the_whole_is_refused(tmp_path):
 @pytest.mark.parametrize("add_bos_token", [True, False])
 def test_bos_is_what_the_tokenizer_file_says(add_bos_token, tmp_path):
     sentencepiece_like(tmp_path)
-    change(
-        tmp_path,
-        "tokenizer_config.json",
-        add_bos_token=add_bos_token,
-        tokenizer_class="LlamaTokenizerFast",
-        legacy=True,
-    )
-    ours, theirs = (
-        pretrained.load_tokenizer(tmp_path, "{prompt}"),
-        transformers.AutoTokenizer.from_pretrained(tmp_path),
-    )
-    for text in STRANGE:  # transformers 5 gives this class a normalizer of its own, which drops one leading space; ours is the file's
-        assert ours.prompts([text.lstrip(" ")]) == [theirs(text.lstrip(" ")).input_ids]
+    settings = dict(tokenizer_class="LlamaTokenizerFast", legacy=True)
+    change(tmp_path, "tokenizer_config.json", add_bos_token=add_bos_token, **settings)
+    ours = pretrained.load_tokenizer(tmp_path, "{prompt}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    # Without leading spaces: transformers 5 gives this class a normalizer that is not the file's,
+    # and which drops one of them.
+    for text in (text.lstrip(" ") for text in STRANGE):
+        assert ours.prompts([text]) == [theirs(text).input_ids]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,27 +340,24 @@ def test_bos_is_what_the_tokenizer_file_says(add_bos_token, tmp_path):
 
 @torch.no_grad()
 def make_judge(path, head="score_head", bias=True, tokenizer="sentencepiece-like"):
-    """A folder as beaver's are, or transformers' sequence classifiers; and what it computes, in plain transformers."""
+    """A folder as beaver's are, or transformers' sequence classifiers.
+
+    Returns (prompt in its template, answer) → score, computed by plain transformers.
+    """
     make(path, "llama2", tokenizer=tokenizer)
     weights = load_file(path / "model.safetensors")
     weights.pop("lm_head.weight")
-    weights |= {f"{head}.weight": torch.randn(1, 32)} | (
-        {f"{head}.bias": torch.randn(1)} if bias else {}
-    )
+    weights[f"{head}.weight"] = torch.randn(1, 32)
+    if bias:
+        weights[f"{head}.bias"] = torch.randn(1)
     if head == "score_head":
         weights |= {
             "normalizer.mean": torch.zeros(1),
             "normalizer.var": torch.ones(1),
             "normalizer.count": torch.zeros((), dtype=torch.int64),
         }
-        change(
-            path,
-            architectures=["LlamaForScore"],
-            score_dim=1,
-            do_normalize=False,
-            bias=bias,
-            score_type="reward",
-        )
+        settings = dict(score_dim=1, do_normalize=False, bias=bias, score_type="reward")
+        change(path, architectures=["LlamaForScore"], **settings)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     peer = transformers.LlamaModel.from_pretrained(path).eval()
     fast = transformers.AutoTokenizer.from_pretrained(path)
@@ -399,9 +366,8 @@ def make_judge(path, head="score_head", bias=True, tokenizer="sentencepiece-like
     def score(x, y):
         ids = fast(x + y).input_ids + [fast.eos_token_id]  # one text, as beaver's were trained
         last = peer(torch.tensor([ids])).last_hidden_state[0, -1]
-        return (
-            last @ weights[f"{head}.weight"][0] + (weights[f"{head}.bias"][0] if bias else 0)
-        ).item()
+        value = last @ weights[f"{head}.weight"][0]
+        return (value + weights[f"{head}.bias"][0] if bias else value).item()
 
     return score
 
@@ -419,13 +385,12 @@ ANSWERS = [
 )
 def test_scores_are_those_of_plain_transformers(head, bias, tmp_path):
     score = make_judge(tmp_path, head, bias)
-    model, examples = pretrained.load_judge(tmp_path, TEMPLATES["beaver"], ANSWERS, CPU)
+    model, examples = score_model.load_judge(tmp_path, TEMPLATES["beaver"], ANSWERS, CPU)
     expected = [score(f"BEGINNING OF CONVERSATION: USER: {x} ASSISTANT:", y) for x, y in ANSWERS]
     assert max(expected) - min(expected) > 0.1
     for rows in (1, 2, 64):  # padding and batch mates change nothing
-        assert log_probs(model, examples, CPU, "float32", rows)[:, 0].tolist() == pytest.approx(
-            expected, abs=1e-4
-        )
+        scores = log_probs(model, examples, CPU, "float32", rows)[:, 0].tolist()
+        assert scores == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_sequence_classifier_scores_as_transformers_own(tmp_path):
@@ -433,13 +398,13 @@ def test_a_sequence_classifier_scores_as_transformers_own(tmp_path):
     peer = transformers.LlamaForSequenceClassification.from_pretrained(
         tmp_path, num_labels=1
     ).eval()
-    model, examples = pretrained.load_judge(tmp_path, "{prompt}", ANSWERS, CPU)
-    for i, (x, (y,)) in enumerate(examples):
+    model, examples = score_model.load_judge(tmp_path, "{prompt}", ANSWERS, CPU)
+    for example in examples:
+        x, (y,) = example
         with torch.no_grad():
             expected = peer(torch.tensor([x + y])).logits.item()
-        assert log_probs(model, [examples[i]], CPU, "float32").item() == pytest.approx(
-            expected, abs=1e-4
-        )
+        score = log_probs(model, [example], CPU, "float32").item()
+        assert score == pytest.approx(expected, abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,21 +416,8 @@ def aligned(folder, tmp_path_factory):
     """(the Hugging Face folder, the run that began there)."""
     path = tmp_path_factory.mktemp("aligned")
     make(path / "hf", "qwen2", tokenizer="byte-level")
-    flags = [
-        "--init_from",
-        str(path / "hf"),
-        "--prompt_template",
-        "chatml",
-        "--data",
-        str(folder),
-        "--lr",
-        "0.01",
-        "--beta",
-        "0.1",
-        "--delta",
-        "10",
-    ]
-    train.main([*SHORT, *flags, "--out_dir", str(path / "run")])
+    start = dict(init_from=path / "hf", prompt_template="chatml", data=folder)
+    train.main(argv(**start, lr=0.01, beta=0.1, delta=10, out_dir=path / "run"))
     return path / "hf", path / "run"
 
 
@@ -474,106 +426,64 @@ def test_an_exported_run_says_in_transformers_what_eval_printed(aligned, folder,
     eval_room.main([str(run), "--export", str(tmp_path / "out")])
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert fast.chat_template == transformers.AutoTokenizer.from_pretrained(hf).chat_template
-    preferences = json.loads((run / "eval.json").read_text())
+    results = json.loads((run / "eval.json").read_text())
     for name, where in (("reference", hf), ("policy", tmp_path / "out")):
         peer = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
         chosen, rejected = [], []
         for row in map(json.loads, (folder / "test.jsonl").open()):
-            ask = fast.apply_chat_template(
-                [{"role": "user", "content": row["prompt"]}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
+            messages = [{"role": "user", "content": row["prompt"]}]
+            prompt = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            x = fast(prompt, add_special_tokens=False).input_ids
             safe = row["is_response_0_safe"], row["is_response_1_safe"]
-            winner = (
-                row["better_response_id"] if all(safe) else safe.index(True) if any(safe) else None
-            )
-            if winner is None:
+            if not any(safe):
                 continue
-            for side, i in ((chosen, winner), (rejected, 1 - winner)):
-                x, y = (
-                    fast(ask, add_special_tokens=False).input_ids,
-                    fast(row[f"response_{i}"]).input_ids + [fast.eos_token_id],
-                )
+            winner = row["better_response_id"] if all(safe) else safe.index(True)
+            for logps, i in ((chosen, winner), (rejected, 1 - winner)):
+                y = fast(row[f"response_{i}"]).input_ids + [fast.eos_token_id]
+                ids = torch.tensor([x + y])
                 mask = torch.arange(len(x + y))[None] >= len(x)
                 with torch.no_grad():
-                    side.append(
-                        response_logps(
-                            peer(torch.tensor([x + y])).logits, torch.tensor([x + y]), mask
-                        ).item()
-                    )
-        found = preferences[name]["preferences"]
-        assert found["logps/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-5)
-        assert found["logps/rejected"] == pytest.approx(sum(rejected) / len(rejected), rel=1e-5)
-    assert found["rewards/margins"] > 0.1, "the policy is no longer the reference"
+                    logps.append(response_logps(peer(ids).logits, ids, mask).item())
+        printed = results[name]["preferences"]
+        assert printed["logps/chosen"] == pytest.approx(mean(chosen), rel=1e-5)
+        assert printed["logps/rejected"] == pytest.approx(mean(rejected), rel=1e-5)
+    assert printed["rewards/margins"] > 0.1, "the policy is no longer the reference"
 
 
 def test_sft_from_a_folder_makes_a_reference_of_its_own(aligned, folder, tmp_path):
     hf, run = aligned
-    flags = [
-        "--init_from",
-        str(hf),
-        "--prompt_template",
-        "chatml",
-        "--data",
-        str(folder),
-        "--sft_epochs",
-        "1",
-        "--sft_lr",
-        "1e-3",
-    ]
-    train.main([*SHORT, *flags, "--out_dir", str(tmp_path / "run")])
+    start = dict(init_from=hf, prompt_template="chatml", data=folder)
+    train.main(argv(**start, sft_epochs=1, sft_lr="1e-3", out_dir=tmp_path / "run"))
     stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert stages[0] == "sft" and stages[-1] == "safedpo"
     start, reference = (
         load_model(r / "reference.pt", CPU)[0].head.weight for r in (run, tmp_path / "run")
     )
     assert not torch.equal(start, reference)
-    train.main(
-        [
-            *SHORT,
-            "--init_from",
-            str(tmp_path / "run"),
-            "--data",
-            str(folder),
-            "--out_dir",
-            str(tmp_path / "next"),
-        ]
-    )
+    train.main(argv(init_from=tmp_path / "run", data=folder, out_dir=tmp_path / "next"))
     tokenizer = load_model(tmp_path / "next" / "policy.pt", CPU)[1]
-    assert (
-        tokenizer.template == TEMPLATES["chatml"] and "tokenizer_config.json" in tokenizer.files
-    ), "both stay with the run"
+    assert tokenizer.template == TEMPLATES["chatml"]
+    assert "tokenizer_config.json" in tokenizer.files, "both stay with the run"
 
 
 def test_judges_bring_the_papers_figures(aligned, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(aligned[1], run)
     scores = {kind: make_judge(tmp_path / kind, bias=kind == "cost") for kind in ("reward", "cost")}
-    eval_room.main(
-        [
-            str(run),
-            "--reward_model",
-            str(tmp_path / "reward"),
-            "--cost_model",
-            str(tmp_path / "cost"),
-            "--device",
-            "cpu",
-        ]
-    )
+    judges = ["--reward_model", str(tmp_path / "reward"), "--cost_model", str(tmp_path / "cost")]
+    eval_room.main([str(run), *judges, "--device", "cpu"])
     rows = [json.loads(line) for line in (run / "samples.jsonl").open()]
     result, ask = json.loads((run / "eval.json").read_text()), TEMPLATES["beaver"].replace
     for name in ("reference", "policy"):
         for kind, score in scores.items():
-            assert [r[f"{name}_{kind}"] for r in rows] == pytest.approx(
-                [score(ask("{prompt}", r["prompt"]), r[name]) for r in rows], abs=1e-4
-            )
+            expected = [score(ask("{prompt}", r["prompt"]), r[name]) for r in rows]
+            written = [r[f"{name}_{kind}"] for r in rows]
+            assert written == pytest.approx(expected, abs=1e-4)
         costs = [r[f"{name}_cost"] for r in rows]
         assert result[name]["harmlessness"]["value"] == pytest.approx(-sum(costs) / 8)
         assert result[name]["harmless_ratio"]["value"] == sum(c <= 0 for c in costs) / 8
-        assert result[name]["helpfulness"]["value"] == pytest.approx(
-            sum(r[f"{name}_reward"] for r in rows) / 8
-        )
+        rewards = [r[f"{name}_reward"] for r in rows]
+        assert result[name]["helpfulness"]["value"] == pytest.approx(sum(rewards) / 8)
     shown = capsys.readouterr().out
     assert "which requests are benign, only the village knows" in shown
     assert f"{result['policy']['helpfulness']['value']:.2f} ±" in shown
@@ -593,16 +503,19 @@ def test_judges_bring_the_papers_figures(aligned, tmp_path, capsys):
 MEASURE = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import pretrained, flags
-flags.tune_cpu()
-pretrained.load({small!r}, "{{prompt}}", 64, torch.device("cpu"))  # what libraries take once is no part of it
+from lib import device, pretrained
+device.tune_cpu()
+# what libraries take once is no part of it
+pretrained.load({small!r}, "{{prompt}}", 64, torch.device("cpu"))
 
 def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 before = peak()
 model, _ = pretrained.load({path!r}, "{{prompt}}", 64, torch.device("cpu"))
-print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print((peak() - before) / size)
 """
 
 
@@ -620,12 +533,10 @@ def test_loading_holds_one_copy(dtype, tmp_path):
         num_hidden_layers=8,
         num_attention_heads=8,
     )
-    script = MEASURE.format(
-        root=str(ROOT), small=str(tmp_path / "small"), path=str(tmp_path / "large")
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    small, large = str(tmp_path / "small"), str(tmp_path / "large")
+    script = MEASURE.format(root=str(ROOT), small=small, path=large)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.15, done.stdout
 
 
@@ -663,15 +574,13 @@ def rope(**changes):
     )
 
 
-def index(**places):
-    """The folder with an index that says so."""
+def index(file="weights.safetensors", weight_map=None):
+    """The folder with an index that names this file for each tensor, or has this weight_map."""
 
     def apply(path):
-        with pretrained.library().safe_open(path / "model.safetensors", "pt") as f:
-            files = {name: places.get("file", "weights.safetensors") for name in f.keys()}
-        (path / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": places.get("weight_map", files)})
-        )
+        names = hf_weights.tensor_names(path / "model.safetensors")
+        found = dict.fromkeys(names, file) if weight_map is None else weight_map
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": found}))
         (path / "model.safetensors").rename(path / "weights.safetensors")
 
     return apply
@@ -712,7 +621,8 @@ REFUSED = {
     ),
     "a short window": (
         config(model_type="mistral", sliding_window=64),
-        "config.json: the model's sliding window is 64, and rows have up to 524 tokens; expected shorter ones (--max_length)",
+        "config.json: the model's sliding window is 64, and rows have up to 524 tokens; "
+        "expected shorter ones (--max_length)",
     ),
     "chunks": (
         config(layer_types=["chunked_attention"] * 2),
@@ -720,7 +630,8 @@ REFUSED = {
     ),
     "yarn": (
         rope(rope_type="yarn"),
-        "config.json: the type of rotary scaling is 'yarn'; expected one of default, linear, llama3",
+        "config.json: the type of rotary scaling is 'yarn'; "
+        "expected one of default, linear, llama3",
     ),
     "old name of a type": (
         config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}),
@@ -791,7 +702,8 @@ REFUSED = {
     ),
     "pickles": (
         pickles,
-        "its weights are pickles (pytorch_model.bin), and reading a pickle can run code. Where you trust it, this writes them",
+        "its weights are pickles (pytorch_model.bin), and reading a pickle can run code. "
+        "Where you trust it, this writes them",
     ),
     "half a file": (cut, "model.safetensors: cannot be read as safetensors"),
     "a shard is missing": (
@@ -842,7 +754,8 @@ REFUSED = {
     ),
     "an EOS that is text": (
         plain_eos,
-        "the EOS '<|im_end|>' can stand in a text; expected it as a special token in tokenizer.json",
+        "the EOS '<|im_end|>' can stand in a text; "
+        "expected it as a special token in tokenizer.json",
     ),
     "a token elsewhere": (
         lambda path: (path / "added_tokens.json").write_text('{"<|user|>": 500}'),
@@ -868,18 +781,9 @@ def test_refused_by_name(kind, whole, folder, tmp_path, capsys):
     spoil, message = REFUSED[kind]
     shutil.copytree(whole / "hf", tmp_path / "hf")
     spoil(tmp_path / "hf")
-    flags = [
-        "--init_from",
-        str(tmp_path / "hf"),
-        "--prompt_template",
-        "{prompt}",
-        "--data",
-        str(folder),
-        "--out_dir",
-        str(tmp_path / "out"),
-    ]
-    error = complaint(train.main, [*SHORT, *flags], capsys)
-    assert message in error and str(tmp_path) in error or kind == "odd heads"
+    start = dict(init_from=tmp_path / "hf", prompt_template="{prompt}", data=folder)
+    error = complaint(train.main, argv(**start, out_dir=tmp_path / "out"), capsys)
+    assert (message in error and str(tmp_path) in error) or kind == "odd heads"
     assert not (tmp_path / "out").exists()
 
 
@@ -889,10 +793,8 @@ def test_a_head_that_is_tied_and_is_not(whole, tmp_path):
     weights(lambda t: t.update({"lm_head.weight": same.clone()}))(tmp_path / "hf")
     pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
     weights(lambda t: t.update({"lm_head.weight": same + 1}))(tmp_path / "hf")
-    with pytest.raises(
-        ValueError,
-        match="lm_head.weight differs from the embedding, though config.json says tie_word_embeddings",
-    ):
+    message = r"weight differs from the embedding, though config\.json says tie_word_embeddings"
+    with pytest.raises(ValueError, match=r"lm_head\." + message):
         pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
 
 
@@ -908,9 +810,8 @@ def test_one_file_comes_before_an_index_as_for_transformers(whole, tmp_path):
     )
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     net, _ = pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
-    assert torch.equal(net.norm.weight, peer.model.norm.weight) and torch.equal(
-        net.norm.weight, weights_before[NORM] + 1
-    )
+    assert torch.equal(net.norm.weight, peer.model.norm.weight)
+    assert torch.equal(net.norm.weight, weights_before[NORM] + 1)
 
 
 def test_the_command_for_pickles_converts_them(whole, tmp_path, capsys):
@@ -929,66 +830,45 @@ def test_templates_and_flags_that_do_not_fit(whole, folder, finished, tmp_path, 
     sentencepiece_like(tmp_path / "hf")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(whole / "hf" / name, tmp_path / "hf")
-    for flags, message in {
+    hf = tmp_path / "hf"
+    for flags, message in (
         (
-            "--init_from",
-            tmp_path / "hf",
-        ): "a Hugging Face model needs --prompt_template TEXT, with {prompt} in it, or one of plain, beaver",
+            dict(init_from=hf),
+            "a Hugging Face model needs --prompt_template TEXT, with {prompt} in it, "
+            "or one of plain, beaver",
+        ),
         (
-            "--init_from",
-            tmp_path / "hf",
-            "--prompt_template",
-            "Q: A:",
-        ): "prompt template 'Q: A:': expected {prompt} in it once",
+            dict(init_from=hf, prompt_template="Q: A:"),
+            "prompt template 'Q: A:': expected {prompt} in it once",
+        ),
         (
-            "--init_from",
-            tmp_path / "hf",
-            "--prompt_template",
-            "<s>[INST] {prompt}",
-        ): "begins with what this tokenizer puts before each text; leave it out",
+            dict(init_from=hf, prompt_template="<s>[INST] {prompt}"),
+            "begins with what this tokenizer puts before each text; leave it out",
+        ),
+        (dict(init_from=hf, prompt_template="plain", d_model=32), "--d_model 32: --init_from"),
         (
-            "--init_from",
-            tmp_path / "hf",
-            "--prompt_template",
-            "plain",
-            "--d_model",
-            "32",
-        ): "--d_model 32: --init_from",
-        (
-            "--init_from",
-            finished,
-            "--prompt_template",
-            "plain",
-        ): "is a checkpoint of ours, which has its own; leave the flag out",
-    }.items():
-        argv = [*SHORT, *map(str, flags), "--data", str(folder), "--out_dir", str(tmp_path / "out")]
-        assert message in complaint(train.main, argv, capsys)
+            dict(init_from=finished, prompt_template="plain"),
+            "is a checkpoint of ours, which has its own; leave the flag out",
+        ),
+    ):
+        arguments = argv(**flags, data=folder, out_dir=tmp_path / "out")
+        assert message in complaint(train.main, arguments, capsys)
 
 
 def test_without_the_library_it_says_what_to_install(whole, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    flags = [
-        "--init_from",
-        str(whole / "hf"),
-        "--prompt_template",
-        "plain",
-        "--data",
-        str(folder),
-        "--out_dir",
-        str(tmp_path / "out"),
-    ]
-    assert "Hugging Face folders need safetensors: pip install safetensors" in complaint(
-        train.main, [*SHORT, *flags], capsys
-    )
+    start = dict(init_from=whole / "hf", prompt_template="plain", data=folder)
+    error = complaint(train.main, argv(**start, out_dir=tmp_path / "out"), capsys)
+    assert "Hugging Face folders need safetensors: pip install safetensors" in error
 
 
 def test_exports_that_are_refused(finished, tmp_path, capsys):
     assert "exists already; expected the name of a new folder" in complaint(
         eval_room.main, [str(finished), "--export", str(tmp_path)], capsys
     )
-    argv = [str(finished), str(finished), "--export", str(tmp_path / "out")]
+    two_runs = [str(finished), str(finished), "--export", str(tmp_path / "out")]
     assert "--export writes one policy; expected one folder of a run" in complaint(
-        eval_room.main, argv, capsys
+        eval_room.main, two_runs, capsys
     )
     assert "holds no finished run" in complaint(
         eval_room.main, [str(tmp_path), "--export", str(tmp_path / "out")], capsys
@@ -1003,7 +883,7 @@ def test_exports_that_are_refused(finished, tmp_path, capsys):
 
 
 def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained.library().torch, "save_file", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(hf_weights.safetensors_library().torch, "save_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         eval_room.main([str(finished), "--export", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
@@ -1012,14 +892,13 @@ def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
 def test_a_file_name_in_a_checkpoint_leads_nowhere(finished, tmp_path):
     net, tokenizer = load_model(finished / "policy.pt", CPU)
     tokenizer.files = {
-        **pretrained.own_files(net.config, tokenizer),
+        **pretrained.llama_files(net.config, tokenizer),
         "../beside": b"no",
         str(tmp_path / "absolute"): b"no",
     }
     pretrained.export(net, tokenizer, tmp_path / "deep" / "out")
-    assert [f.name for f in tmp_path.iterdir()] == ["deep"] and [
-        f.name for f in (tmp_path / "deep").iterdir()
-    ] == ["out"]
+    assert [f.name for f in tmp_path.iterdir()] == ["deep"]
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["out"]
 
 
 def test_mixed_types_are_exported_in_one_that_holds_all(whole, tmp_path):
@@ -1028,14 +907,10 @@ def test_mixed_types_are_exported_in_one_that_holds_all(whole, tmp_path):
         lambda t: t.update({name: w.bfloat16() for name, w in t.items() if "norm" not in name})
     )(tmp_path / "in")
     pretrained.export(*pretrained.load(tmp_path / "in", "{prompt}", 64, CPU), tmp_path / "out")
-    before, after = (
-        load_file(tmp_path / "in" / "model.safetensors"),
-        load_file(tmp_path / "out" / "model.safetensors"),
-    )
-    assert all(
-        w.dtype == torch.float32 and torch.equal(w, before[name].float())
-        for name, w in after.items()
-    )
+    before = load_file(tmp_path / "in" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(w.dtype == torch.float32 for w in after.values())
+    assert all(torch.equal(w, before[name].float()) for name, w in after.items())
 
 
 def test_a_window_is_kept_in_mind(tmp_path):
@@ -1099,19 +974,21 @@ def test_judges_that_are_refused(kind, whole, aligned, tmp_path, capsys):
     shutil.copytree(whole / "judge", tmp_path / "judge")
     spoil(tmp_path / "judge")
     before = {p: p.read_bytes() for p in aligned[1].iterdir()}
-    argv = [str(aligned[1]), "--cost_model", str(tmp_path / "judge"), "--device", "cpu"]
-    assert message in complaint(eval_room.main, argv, capsys)
+    arguments = [str(aligned[1]), "--cost_model", str(tmp_path / "judge"), "--device", "cpu"]
+    assert message in complaint(eval_room.main, arguments, capsys)
     assert {p: p.read_bytes() for p in aligned[1].iterdir()} == before
 
 
 def test_scores_that_are_refused(aligned, tmp_path, capsys):
     run, path = aligned[1], tmp_path / "scores.jsonl"
+    arguments = [str(run), "--scores", str(path), "--device", "cpu"]
     rows = [json.loads(line) for line in (run / "samples.jsonl").open()]
     scored = [{**row, "policy_cost": i} for i, row in enumerate(rows)]
     for bad, message in (
         (
             rows,
-            "scores.jsonl: no score in it; expected the rows of samples.jsonl with some of reference_reward",
+            "scores.jsonl: no score in it; "
+            "expected the rows of samples.jsonl with some of reference_reward",
         ),
         (scored[1:], "with the run's answers is missing; expected the rows of samples.jsonl"),
         (
@@ -1132,8 +1009,6 @@ def test_scores_that_are_refused(aligned, tmp_path, capsys):
         ),
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in bad))
-        assert message in complaint(
-            eval_room.main, [str(run), "--scores", str(path), "--device", "cpu"], capsys
-        )
-    argv = [str(run), "--scores", str(path), "--data", "toy", "--device", "cpu"]
-    assert "the village has exact annotators" in complaint(eval_room.main, argv, capsys)
+        assert message in complaint(eval_room.main, arguments, capsys)
+    arguments += ["--data", "toy"]
+    assert "the village has exact annotators" in complaint(eval_room.main, arguments, capsys)

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from lib.records import FORMATS, Record, parse_json, read_jsonl, recognise
+from lib.checkpoint import parse_json
+from lib.formats import FORMATS, Record, recognise
+from lib.records import read_jsonl
 from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 from village import world
@@ -29,13 +31,16 @@ values = st.recursive(
 
 
 @given(nats, nats, nats, nats, flag, flag, st.floats(0.01, 10), st.floats(0, 100))
-def test_loss_is_softplus_of_the_negated_logits(w, l, rw, rl, h_w, h_l, beta, delta):
-    t = lambda v: torch.tensor([v], dtype=torch.float64)
-    loss = safedpo_loss(t(w), t(l), t(rw), t(rl), t(h_w), t(h_l), beta, delta).item()
-    z = beta * ((w - rw) - (l - rl)) - (h_l - h_w) * delta
-    assert loss >= 0 and math.isclose(
-        loss, max(-z, 0) + math.log1p(math.exp(-abs(z))), rel_tol=1e-6, abs_tol=1e-6
-    )
+def test_loss_is_softplus_of_the_negated_logits(
+    logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta
+):
+    values = (logp_w, logp_l, ref_w, ref_l, h_w, h_l)
+    tensors = [torch.tensor([v], dtype=torch.float64) for v in values]
+    loss = safedpo_loss(*tensors, beta, delta).item()
+    z = beta * ((logp_w - ref_w) - (logp_l - ref_l)) - (h_l - h_w) * delta
+    softplus = max(-z, 0) + math.log1p(math.exp(-abs(z)))
+    assert loss >= 0
+    assert math.isclose(loss, softplus, rel_tol=1e-6, abs_tol=1e-6)
 
 
 @given(st.text(), st.text(), st.text(), flag, flag)
@@ -81,7 +86,7 @@ def read(value):
 
 def read_line(line):
     row = parse_json(line, "f:1")
-    return list(FORMATS[recognise(row, "f:1")][0]([(row, "f:1")] * 2, Counter()))
+    return list(FORMATS[recognise(row, "f:1")].read([(row, "f:1")] * 2, Counter()))
 
 
 ROW = world.splits(n_train=1)["train"][0]

@@ -1,4 +1,5 @@
-"""The same weights and pairs through TRL's DPOTrainer: the same loss, gradient norm and weights, step after step."""
+"""The same weights and pairs through TRL's DPOTrainer: step after step the same loss, gradient norm
+and weights."""
 
 import math
 import re
@@ -12,7 +13,7 @@ from test_peers import EOS, both, copy_weights
 import bench
 import data
 import train
-from lib.flags import autocast
+from lib.device import autocast
 from lib.policy import log_probs
 from safedpo import Pair
 
@@ -31,9 +32,11 @@ class Sizes:
 
 def token_pairs(n=8):
     g = torch.Generator().manual_seed(1)
-    ids = lambda: torch.randint(
-        1, EOS, (int(torch.randint(1, 9, (1,), generator=g)),), generator=g
-    ).tolist()
+
+    def ids():
+        length = int(torch.randint(1, 9, (1,), generator=g))
+        return torch.randint(1, EOS, (length,), generator=g).tolist()
+
     return [Pair(ids(), ids() + [EOS], ids() + [EOS], 0, i % 2) for i in range(n)]
 
 
@@ -44,8 +47,9 @@ def test_five_steps_equal_trls(delta):
     trainer = bench.trl_trainer(
         peer, pairs, Sizes(), beta=BETA, per_device_train_batch_size=len(pairs), **ADAMW
     )
-    # TRL has no Δ; −β·ref(y_w) + (h_l − h_w)·Δ is the same logit as a reference that likes the winner Δ/β more
-    dataset, margins = trainer.train_dataset, [(p.h_l - p.h_w) * delta / BETA for p in pairs]
+    # TRL has no Δ. A reference that gives the winner (h_l − h_w)·Δ/β nats more has the same logits.
+    dataset = trainer.train_dataset
+    margins = [(p.h_l - p.h_w) * delta / BETA for p in pairs]
     shifted = [ref + margin for ref, margin in zip(dataset["ref_chosen_logps"], margins)]
     trainer.train_dataset = dataset.remove_columns("ref_chosen_logps").add_column(
         "ref_chosen_logps", shifted
@@ -64,38 +68,35 @@ def test_five_steps_equal_trls(delta):
         value, norm, _ = train.train_step(
             net, optimizer, scaler, batches, loss, trainer.args.max_grad_norm, precision
         )
-        assert value == pytest.approx(theirs[step]["loss"], rel=1e-4) and norm == pytest.approx(
-            theirs[step]["grad_norm"], rel=1e-4
-        )
+        assert value == pytest.approx(theirs[step]["loss"], rel=1e-4)
+        assert norm == pytest.approx(theirs[step]["grad_norm"], rel=1e-4)
     expected, _ = both()
     copy_weights(peer, expected)
     for (name, a), b in zip(net.named_parameters(), expected.parameters()):
         assert (a - b).norm() <= 1e-4 * b.norm(), name
 
 
-def test_the_readmes_block_trains_with_delta(folder, tmp_path, monkeypatch):
-    """SafeDPO in TRL as README.md has it: at the first step ln 2 on safe-safe pairs and softplus(Δ) on safe-unsafe ones."""
+def test_the_pages_block_trains_with_delta(folder, tmp_path, monkeypatch):
+    """The block on docs/real_models.md: ln 2 on safe-safe pairs at first, softplus(Δ) on others."""
     from test_pretrained import make
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     make(tmp_path / "hf", "qwen2")
-    (block,) = [
-        b
-        for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-        if "DPOTrainer" in b
-    ]
-    small = f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False, max_steps=1, logging_steps=1, per_device_train_batch_size=96, report_to='none', "
+    page = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    (block,) = [block for block in blocks if "DPOTrainer" in block]
+    small = (
+        f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False, max_steps=1, logging_steps=1, "
+        "per_device_train_batch_size=96, report_to='none', "
+    )
+    block = block.replace("PKU-SafeRLHF-30K", str(folder))
+    block = block.replace("DPOConfig(b", f"DPOConfig({small}b")
     names = {
         "model": AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
         "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "hf"),
     }
-    exec(
-        block.replace("PKU-SafeRLHF-30K", str(folder)).replace(
-            "DPOConfig(b", f"DPOConfig({small}b"
-        ),
-        names,
-    )
+    exec(block, names)
     margins = [row["shift"] * names["beta"] for row in names["rows"]]
     assert set(margins) == {0.0, 10.0}
     expected = sum(math.log1p(math.exp(margin)) for margin in margins) / len(margins)
