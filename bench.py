@@ -29,16 +29,17 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
+from lib.device import autocast, prepare, settle, tune_cpu
+from lib.flags import flag, like, parse, run
+from lib.policy import log_probs
+from lib.settings import SIZE_FLAGS, TrainConfig
+
 import numpy as np
 import torch
 from torch.distributed import is_torchelastic_launched
 
 import data
 import train
-from lib.device import autocast, prepare, settle, tune_cpu
-from lib.flags import flag, like, parse, run
-from lib.policy import log_probs
-from lib.settings import SIZE_FLAGS, TrainConfig
 from model import ModelConfig, Transformer
 from safedpo import Pair
 

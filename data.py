@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
+from lib import records
+from lib.parallel import progress
+
 import numpy as np
 import torch
 
-from lib import records
-from lib.parallel import progress
 from model import Rows, pack_rows, without_answers
 from safedpo import Pair, helpful
 from village import world

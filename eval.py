@@ -12,15 +12,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-import data
 from lib import checkpoint, judges, pretrained, records, report, runs
 from lib.device import pick_device, pick_dtype
 from lib.flags import parse, run
 from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
 from lib.policy import load_model, log_probs, sample_answers
 from lib.settings import JUDGES, MODELS, SAMPLING, EvalConfig
+
+import torch
+
+import data
 from village import limit, world
 
 VERSION = 2  # of the figures: a run that an earlier version judged is judged again

@@ -11,17 +11,18 @@ import math
 import time
 from dataclasses import replace
 
-import torch
-
-import data
-import safedpo
-from eval import evaluate
 from lib import checkpoint, parallel, policy, records, report, runs
 from lib.device import autocast, prepare
 from lib.flags import parse, run
 from lib.metrics import preference_metrics
 from lib.settings import SIZE_FLAGS, TrainConfig
 from lib.stage import Stage
+
+import torch
+
+import data
+import safedpo
+from eval import evaluate
 from model import move
 
 # --------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ same losses (tests/test_minimal.py); what it has beside them is for real models 
 import sys
 from types import SimpleNamespace
 
+from lib.sampling import generate
+from lib.tokenizer import Tokenizer
+
 import torch
 
 import data
-from lib.sampling import generate
-from lib.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, pack_rows
 from safedpo import helpful, safedpo_loss, transform
 from train import learning_rate, make_optimizer

@@ -12,10 +12,10 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from lib import parallel
+
 import torch
 from filelock import FileLock, Timeout
-
-from lib import parallel
 
 LARGEST = 2**26  # bytes of a JSON file, or of one line
 DEEPEST = 100  # lists and objects within each other

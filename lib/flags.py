@@ -9,9 +9,9 @@ import sys
 from dataclasses import field, fields
 from pathlib import Path
 
-import torch
-
 from lib.device import tune_cpu
+
+import torch
 
 BOUNDS = {  # flag's bound → (in words, as a test)
     "above": ("above", operator.gt),

@@ -4,6 +4,7 @@ What config.json asks for and our transformer does not compute is refused by nam
 """
 
 from lib import checkpoint
+
 from model import ModelConfig
 
 FAMILIES = {  # model_type → the options of ModelConfig that this family needs

@@ -9,9 +9,9 @@ import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from lib import checkpoint
+
+import torch
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 ELEMENTS_AT_ONCE = 2**20  # of a tensor that is read

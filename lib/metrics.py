@@ -3,6 +3,7 @@
 import math
 
 from lib.records import kind
+
 from safedpo import implicit_reward
 
 

@@ -4,13 +4,14 @@ makes of answers (log-probabilities), and its own answers (samples)."""
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from lib import checkpoint, parallel, pretrained
 from lib.device import autocast
 from lib.sampling import generate
 from lib.settings import SIZE_FLAGS
 from lib.tokenizer import TEMPLATES, Tokenizer
+
+import torch
+
 from model import ModelConfig, Transformer, move, pack_rows
 
 ROWS_AT_ONCE = 64  # rows in one forward pass

@@ -10,9 +10,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer as BPE
-
 from lib import checkpoint
 from lib.hf_config import llama_config, read_config
 from lib.hf_weights import (
@@ -23,6 +20,10 @@ from lib.hf_weights import (
     weights_by_hf_name,
 )
 from lib.tokenizer import Tokenizer
+
+import torch
+from tokenizers import Tokenizer as BPE
+
 from model import Transformer
 
 COPIED_FILES = (  # what --export writes as it was read, except for the dtype in config.json

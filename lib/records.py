@@ -15,12 +15,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-import safedpo
 from lib.checkpoint import LARGEST, parse_json
 from lib.formats import FORMATS, pku_saferlhf, recognise
 from lib.parallel import progress
+
+import numpy as np
+
+import safedpo
 
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 SAME_ANSWERS = "rows have two answers that are the same"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lib.flags import flag
 from lib.tokenizer import TEMPLATES
+
 from safedpo import PAIR_CHOICES
 
 MODELS = ("reference", "policy")

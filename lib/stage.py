@@ -10,11 +10,11 @@ import os
 import signal
 from contextlib import ExitStack, contextmanager
 
-import torch
-from tqdm import tqdm
-
 from lib import checkpoint, parallel
 from lib.policy import first_not_finite
+
+import torch
+from tqdm import tqdm
 
 
 class Stage:

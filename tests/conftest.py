@@ -1,11 +1,12 @@
 import json
 from pathlib import Path
 
+from lib import flags
+
 import pytest
 import torch
 
 import train
-from lib import flags
 from village import world
 
 ROOT = Path(__file__).resolve().parent.parent

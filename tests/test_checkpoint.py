@@ -7,13 +7,14 @@ import random
 import shutil
 import zipfile
 
+from lib import checkpoint, records
+
 import pytest
 import torch
 from conftest import SHORT, TINY, complaint
 
 import eval as eval_room
 import train
-from lib import checkpoint, records
 
 
 def equal(a, b):

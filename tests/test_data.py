@@ -5,6 +5,11 @@ import tracemalloc
 from collections import Counter
 from itertools import islice
 
+from lib.formats import Record
+from lib.policy import load_model
+from lib.records import choose_pairs, read_jsonl
+from lib.tokenizer import TEMPLATES, Tokenizer
+
 import pytest
 import torch
 from tokenizers import Tokenizer as BPE
@@ -12,10 +17,6 @@ from tokenizers import models
 
 import data
 from data import encode, prefetch, step_batches, steps_per_epoch
-from lib.formats import Record
-from lib.policy import load_model
-from lib.records import choose_pairs, read_jsonl
-from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair
 
 # --------------------------------------------------------------------------------------------------

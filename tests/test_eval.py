@@ -5,16 +5,17 @@ import math
 import re
 from dataclasses import replace
 
-import pytest
-import torch
-
-import eval as script
-from eval import evaluate
 from lib.formats import Record
 from lib.policy import load_model
 from lib.records import Records
 from lib.report import table
 from lib.settings import SAMPLING, Settings
+
+import pytest
+import torch
+
+import eval as script
+from eval import evaluate
 from safedpo import response_logps
 from village import limit
 

@@ -5,14 +5,15 @@ import shutil
 import subprocess
 import sys
 
+from lib.policy import load_model
+from lib.runs import FILES
+
 import pytest
 import torch
 from conftest import ROOT, SHORT, TINY, complaint
 
 import eval as eval_room
 import train
-from lib.policy import load_model
-from lib.runs import FILES
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import math
 
+from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
+
 import pytest
 import torch
-
-from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
 
 
 def test_mean_and_its_interval_by_hand():

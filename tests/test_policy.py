@@ -1,10 +1,10 @@
 """A model with its tokenizer: what it says of answers, and its own."""
 
-import torch
-
 from lib import policy
 from lib.policy import load_model, sample_answers
 from lib.settings import Settings
+
+import torch
 
 CPU = torch.device("cpu")
 

@@ -8,6 +8,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from lib.flags import parse
+from lib.settings import EvalConfig, TrainConfig
+
 import pytest
 from conftest import ROOT
 
@@ -15,8 +18,6 @@ import bench
 import eval as eval_script
 import model
 import train
-from lib.flags import parse
-from lib.settings import EvalConfig, TrainConfig
 from village import figures, theory
 
 SCRIPTS = {"train", "eval", "bench"}

@@ -5,10 +5,11 @@ import json
 import lzma
 from collections import Counter
 
-import pytest
-
 from lib import records
-from lib.records import Record, Records, flip_flags, load
+from lib.formats import Record
+from lib.records import Records, flip_flags, load
+
+import pytest
 
 ROW = {
     "prompt": "x?",

@@ -2,11 +2,11 @@
 
 import math
 
+from lib.sampling import generate, sample
+
 import pytest
 import torch
 from test_model import EOS, VARIANTS, examples, make, plain_logits
-
-from lib.sampling import generate, sample
 
 
 def recomputed(net, x, steps, pick):

@@ -3,15 +3,16 @@
 import json
 import math
 
+from lib.device import autocast
+from lib.policy import load_model, log_probs
+from lib.stage import Stage
+
 import pytest
 import torch
 from conftest import SHORT, TINY
 
 import data
 import train
-from lib.device import autocast
-from lib.policy import load_model, log_probs
-from lib.stage import Stage
 from model import ModelConfig, Transformer
 from safedpo import Pair
 

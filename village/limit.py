@@ -3,10 +3,11 @@
 import math
 from dataclasses import replace
 
-import torch
-
 from lib.metrics import is_degenerate, mean
 from lib.policy import sample_answers
+
+import torch
+
 from village import world
 
 SAMPLES = 16  # answers of the reference to each prompt

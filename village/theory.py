@@ -39,10 +39,11 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from lib import checkpoint
 from lib.flags import flag, parse, run
+
+import torch
+
 from model import ModelConfig, Transformer, pack_rows
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 

@@ -1,10 +1,11 @@
 """Our transformer against transformers' Llama with the same weights."""
 
+from lib.sampling import generate
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.sampling import generate
 from model import ModelConfig, Transformer, pack_rows
 from safedpo import response_logps
 

@@ -1,8 +1,9 @@
 """The picture of several runs, and the pictures and tables that figures.py puts into the pages."""
 
+from lib.report import draw_curves, plot
+
 import pytest
 
-from lib.report import draw_curves, plot
 from village import figures
 
 

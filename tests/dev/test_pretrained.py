@@ -6,6 +6,11 @@ import subprocess
 import sys
 from statistics import mean
 
+from lib import hf_weights, pretrained, score_model
+from lib.policy import load_model, log_probs
+from lib.sampling import generate
+from lib.tokenizer import TEMPLATES
+
 import pytest
 import torch
 import transformers
@@ -24,10 +29,6 @@ from tokenizers import Tokenizer as BPE
 
 import eval as eval_room
 import train
-from lib import hf_weights, pretrained, score_model
-from lib.policy import load_model, log_probs
-from lib.sampling import generate
-from lib.tokenizer import TEMPLATES
 from safedpo import response_logps
 
 CPU = torch.device("cpu")

@@ -6,16 +6,17 @@ import re
 from collections import Counter
 from itertools import islice
 
+from lib.checkpoint import parse_json
+from lib.formats import FORMATS, Record, recognise
+from lib.records import read_jsonl
+from lib.tokenizer import TEMPLATES, Tokenizer
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from lib.checkpoint import parse_json
-from lib.formats import FORMATS, Record, recognise
-from lib.records import read_jsonl
-from lib.tokenizer import TEMPLATES, Tokenizer
 from safedpo import Pair, optimal_policy, safedpo_loss, transform
 from village import world
 

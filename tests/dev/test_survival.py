@@ -16,12 +16,13 @@ import time
 from collections import Counter
 from errno import ENOSPC
 
+from lib import checkpoint, flags
+
 import pytest
 import torch
 from conftest import TINY
 
 import train
-from lib import checkpoint, flags
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])

@@ -5,6 +5,9 @@ import math
 import re
 from dataclasses import dataclass
 
+from lib.device import autocast
+from lib.policy import log_probs
+
 import pytest
 import torch
 from conftest import ROOT
@@ -13,8 +16,6 @@ from test_peers import EOS, both, copy_weights
 import bench
 import data
 import train
-from lib.device import autocast
-from lib.policy import log_probs
 from safedpo import Pair
 
 CPU, BETA, STEPS = torch.device("cpu"), 0.5, 5
