@@ -2,8 +2,10 @@
 
 import ast
 import doctest
+import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -100,6 +102,18 @@ def test_there_is_no_circle():
         ready = {name for name, needed in needs.items() if not needed & needs.keys()}
         assert ready, f"a circle among {sorted(needs)}"
         needs = {name: needed for name, needed in needs.items() if name not in ready}
+
+
+@pytest.mark.parametrize("module", ["train", "bench", "docs.minimal", "village.theory"])
+def test_how_threads_wait_is_said_before_torch_is_imported(module):
+    program = (
+        f"import sys, os, {module}; modules = list(sys.modules); "
+        "print(modules.index('lib') < modules.index('torch'), os.environ['GOMP_SPINCOUNT'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if "SPIN" not in k and "WAIT" not in k}
+    command = [sys.executable, "-c", program]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert said.stdout.split() == ["True", "300"], said.stderr
 
 
 def test_pages_and_scripts_are_read_in_one_sitting():
