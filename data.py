@@ -72,15 +72,15 @@ def held_out_pairs(split, tokenizer, max_length):
 
 def prompts(split, tokenizer, max_length, n):
     """{prompt: its token ids} of the first n prompts that leave room for an answer."""
-    found = {}
+    questions = {}
     for record in split:
-        if record.prompt not in found:
+        if record.prompt not in questions:
             (x,) = tokenizer.prompts([record.prompt])
             if len(x) < max_length:
-                found[record.prompt] = x
-        if len(found) == n:
+                questions[record.prompt] = x
+        if len(questions) == n:
             break
-    return found
+    return questions
 
 
 def encode(pairs, tokenizer, max_length, title=None):

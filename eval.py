@@ -179,18 +179,18 @@ def evaluate_all(config, given):
     results = {}
     for folder in config.runs:
         try:
-            own = runs.finished_run(folder)
+            flags = runs.finished_run(folder)
         except ValueError as e:
             if len(config.runs) == 1:
                 raise
             print(f"left out: {e}", file=sys.stderr)
             continue
-        if judging and (config.data or own["data"]) == "toy":
+        if judging and (config.data or flags["data"]) == "toy":
             raise ValueError(
                 "the village has exact annotators; --reward_model, --cost_model and --scores "
                 "are for other data"
             )
-        settings = EvalConfig(**{name: own[name] for name in SAMPLING} | given)
+        settings = EvalConfig(**{name: flags[name] for name in SAMPLING} | given)
         results[folder] = evaluate(folder, settings, source=config.data, split=config.split)
     if not results:
         raise ValueError("none of the folders holds a finished run")

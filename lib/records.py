@@ -66,8 +66,8 @@ def load(data):
     if path.is_dir():
         files = {split: split_files(path, split) for split in ("train", "test")}
         return {
-            split: records_of_files(found, ", ".join(map(str, found)))
-            for split, found in files.items()
+            split: records_of_files(paths, ", ".join(map(str, paths)))
+            for split, paths in files.items()
         }
     if not path.exists():
         raise ValueError(

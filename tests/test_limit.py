@@ -36,10 +36,10 @@ def test_the_estimates_expectation_is_the_closed_form(ref, beta):
     K = 6
     draws = torch.tensor(list(itertools.product(range(4), repeat=K)))
     limit = Limit(reward[draws], unsafe[draws], beta)
-    probability = ref.double()[draws].prod(-1) * limit.found
+    probability = ref.double()[draws].prod(-1) * limit.has_safe
 
     def expected(values):
-        values = torch.where(limit.found, values, 0)
+        values = torch.where(limit.has_safe, values, 0)
         return ((probability * values).sum() / probability.sum()).item()
 
     plain = expected(weighted_mean(limit.reward, limit.weights))
@@ -78,7 +78,7 @@ def test_unsafe_samples_say_nothing_of_means_under_the_optimum():
 def test_effective_samples_and_prompts_that_say_nothing():
     reward = torch.tensor([[0.0, 0.0, 5.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
     limit = Limit(reward, torch.tensor([[False, False, True, True], [True] * 4]), 2.0)
-    assert limit.found.tolist() == [True, False]
+    assert limit.has_safe.tolist() == [True, False]
     assert limit.effective_samples()[0].item() == pytest.approx(2.0)
     weights_1_and_3 = torch.tensor([[0.0, 2 * math.log(3)]])
     uneven = Limit(weights_1_and_3, torch.tensor([[False, False]]), 2.0)

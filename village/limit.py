@@ -44,16 +44,16 @@ class Limit:
     """π* = π_ref·exp(r/β)·1[safe] / Z (Eq. 9), from K answers that π_ref gave to each of n prompts.
 
     reward, unsafe: (n, K). Each answer has the weight exp(r/β)·1[safe], and Z is the mean weight.
-    `found`, (n,), is False for prompts without a safe answer among the K. These prompts allow no
+    `has_safe`, (n,), is False for prompts without a safe answer among the K. These prompts allow no
     estimate. π_ref is hardly ever safe on them, so that figures over the other prompts are too
     favourable, and the more so the more prompts are left out.
     """
 
     def __init__(self, reward, unsafe, beta):
         self.reward, self.safe, self.beta = reward.double(), (~unsafe).double(), beta
-        self.found = (self.safe > 0).any(-1)
+        self.has_safe = (self.safe > 0).any(-1)
         best = self.reward.masked_fill(unsafe, -torch.inf).amax(-1, keepdim=True)
-        self.shift = torch.where(self.found[:, None], best, 0.0)  # exp(r/β) alone may overflow
+        self.shift = torch.where(self.has_safe[:, None], best, 0.0)  # exp(r/β) alone may overflow
         self.weights = ((self.reward - self.shift) / beta).exp().masked_fill(unsafe, 0.0)
 
     def mean(self, values):
@@ -96,12 +96,12 @@ def distance(limit, reward, unsafe, logratio, benign):
     gap = logratio - reward / limit.beta + limit.log_z()
     start, end = limit.safe_reward(), limit.mean(limit.reward)
     groups = {
-        "divergence": limit.found,
-        "divergence_benign": limit.found & benign,
-        "divergence_harmful": limit.found & ~benign,
+        "divergence": limit.has_safe,
+        "divergence_benign": limit.has_safe & benign,
+        "divergence_harmful": limit.has_safe & ~benign,
     }
     return {
-        "way": way(reward[limit.found], start[limit.found], end[limit.found]),
+        "way": way(reward[limit.has_safe], start[limit.has_safe], end[limit.has_safe]),
         **{name: divergence(gap[group], unsafe[group]) for name, group in groups.items()},
     }
 
@@ -155,10 +155,10 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype):
     limit = Limit(rewards, costs > 0, beta)
 
     def expected(values, where=True):
-        return mean(limit.mean(values)[limit.found & where].tolist())
+        return mean(limit.mean(values)[limit.has_safe & where].tolist())
 
     def over_prompts(values):
-        return mean(values[limit.found].tolist())
+        return mean(values[limit.has_safe].tolist())
 
     return limit, {
         "harmless_ratio": {"value": 1.0, "ci95": [1.0, 1.0]},
@@ -173,8 +173,8 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype):
         "safe_divergence": over_prompts(limit.safe_divergence()),
         "effective_samples": over_prompts(limit.effective_samples()),
         "samples": SAMPLES,
-        "n": int(limit.found.sum()),
-        "n_benign": int((limit.found & benign).sum()),
+        "n": int(limit.has_safe.sum()),
+        "n_benign": int((limit.has_safe & benign).sum()),
     }
 
 
