@@ -185,8 +185,7 @@ def train(config, folder, lock):
 
     result = evaluate(folder, config, splits)
     report.draw_curves(folder)
-    prompt = next(iter(splits["test"])).prompt.split("\n")[0]
-    print(report.first_look(folder, config, result, prompt))
+    print(report.first_look(folder, config, result))
     print(f"\nDone in {time.time() - start:.0f} s.")
 
 

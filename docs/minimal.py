@@ -1,4 +1,4 @@
-"""SafeDPO on one page: one process, no resuming, no flag but Δ. A minute on a laptop.
+"""SafeDPO on one page: one process, no resuming, no flag but Δ. One or two minutes on a laptop.
 
     python -m docs.minimal 5
 
@@ -13,6 +13,7 @@ from lib.sampling import generate
 from lib.tokenizer import Tokenizer
 
 import torch
+from tqdm import trange
 
 import data
 from model import ModelConfig, Transformer, pack_rows
@@ -29,7 +30,7 @@ def steps(pairs, ref, settings, model):
     """(optimizer, batch) of each step of one epoch, with the step's learning rate set."""
     optimizer = make_optimizer(model, weight_decay=0.05)
     n = data.steps_per_epoch(pairs, settings.batch_size)
-    for step in range(n):
+    for step in trange(n):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, n, settings.lr, warmup=0.3)
         whole = settings.batch_size  # no micro-batches

@@ -194,17 +194,19 @@ WHY_REFUSALS_CHANGE = {  # (--pairs, which way) → what a refusal wins and lose
 }
 
 
-def first_look(folder, config, result, prompt):
-    """One short table, what it says in sentences, three answers side by side, and what to try next.
-
-    prompt: one for the user to try.
-    """
+def first_look(folder, config, result):
+    """One short table, what it says in sentences, three answers side by side, what to try next."""
+    with open(folder / "samples.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in itertools.islice(f, 4)]
     optimum = {"optimum": result["optimum"]} if result["optimum"] else {}
     models = {**{name: result[name] for name in MODELS}, **optimum}
-    parts = [align(figures_table(models, SHORT)), what_happened(result), *samples(folder, 3)]
+    parts = [align(figures_table(models, SHORT)), what_happened(result)]
     if config.verbose:
         parts.insert(1, table({str(folder): result}, verbose=True))
-    return "\n" + "\n".join(parts) + "\n" + what_next(folder, config, prompt)
+    for row in rows[:3]:
+        parts.append(side_by_side(row["prompt"], {name: row[name] for name in MODELS}))
+    parts.append(what_next(folder, config, rows[-1]["prompt"].split("\n")[0]))
+    return "\n" + "\n".join(parts)
 
 
 def what_happened(result):
@@ -228,14 +230,6 @@ def what_happened(result):
         f"{reason}.",
     )
     return "\n".join(textwrap.fill(sentence, 90, break_on_hyphens=False) for sentence in sentences)
-
-
-def samples(folder, n):
-    """The first n rows of the folder's samples, each with both answers."""
-    with open(folder / "samples.jsonl", encoding="utf-8") as f:
-        for line in itertools.islice(f, n):
-            row = json.loads(line)
-            yield side_by_side(row["prompt"], {name: row[name] for name in MODELS})
 
 
 def side_by_side(prompt, answers):

@@ -97,13 +97,14 @@ def test_the_first_look_is_short_and_verbose_shows_the_rest(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "samples.jsonl").write_text(lines, encoding="utf-8")
     whole = judged("safedpo", (0.6, 0.99), (0.17, 0.07), (0.2, 0.1))
-    short = first_look(tmp_path, TrainConfig(), whole, "question?")
+    short = first_look(tmp_path, TrainConfig(), whole)
     assert short.splitlines()[1].split() == [
         "harmless", "%", "helpfulness", "over-refusal", "%", "degenerate", "%"
     ]  # fmt: skip
-    assert short.count("policy:") == 3 and "question 3" not in short
-    assert "--prompt 'question?'" in short and "python train.py --pairs helpful" in short
+    assert short.count("policy:") == 3
+    assert short.count("question 3") == 1 and "--prompt 'question 3'" in short  # not one just shown
+    assert "python train.py --pairs helpful" in short
     assert "held-out pairs" not in short
-    long = first_look(tmp_path, TrainConfig(verbose=True), whole, "question?")
+    long = first_look(tmp_path, TrainConfig(verbose=True), whole)
     assert "held-out pairs" in long and "tokens" in long
-    assert "--pairs helpful" not in first_look(tmp_path, TrainConfig(data="a"), whole, "question?")
+    assert "--pairs helpful" not in first_look(tmp_path, TrainConfig(data="a"), whole)
