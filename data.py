@@ -193,9 +193,10 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
     is the same. Process `rank` of `size` gets every size-th pair. Each process gets as many
     micro-batches as the others, if need be one that reports no answer.
     """
-    epoch, i = divmod(step, steps_per_epoch(pairs, batch_size))
+    epoch, step_of_epoch = divmod(step, steps_per_epoch(pairs, batch_size))
     order = epoch_order(len(pairs), seed, epoch)
-    chosen = {i: pairs[i] for i in order[i * batch_size : (i + 1) * batch_size].tolist()}
+    start = step_of_epoch * batch_size
+    chosen = {i: pairs[i] for i in order[start : start + batch_size].tolist()}
     by_length = sorted(chosen, key=lambda i: longest_row(chosen[i]))
     step_tokens = sum(len(p.y_w) + len(p.y_l) for p in chosen.values())
     mine = by_length[rank::size]

@@ -67,8 +67,8 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
         if annotated:
             annotate(rows, name)
         examples = [(x, [y]) for x, y in zip(questions, answers)]
-        kl = log_probs(model, examples, device, dtype)
-        kl = (kl - log_probs(reference, examples, device, dtype))[:, 0]
+        logp = log_probs(model, examples, device, dtype)[:, 0]
+        kl = logp - log_probs(reference, examples, device, dtype)[:, 0]
         ended = [y[-1:] == [tokenizer.eos] for y in answers]
         lengths = [len(y) for y in answers]
         figures = figures_of(rows, name, ended, lengths, kl.tolist(), annotated)
@@ -151,9 +151,9 @@ def figures_of(rows, name, ended, lengths, kl, annotated):
 # The command line
 
 
-def answer_prompt(folder, prompt, settings):
+def answer_prompt(folder, prompt, given):
     """What the run's reference and policy answer to one prompt: {"reference", "policy": text}."""
-    runs.finished_run(folder)
+    settings = settings_of(runs.finished_run(folder), given)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     answers = {}
@@ -163,6 +163,11 @@ def answer_prompt(folder, prompt, settings):
         (y,) = sample_answers(model, x, tokenizer.eos, settings, device, dtype)
         answers[name] = tokenizer.decode(y)
     return answers
+
+
+def settings_of(flags, given):
+    """The settings of an evaluation: those given, else those of the run with these flags."""
+    return EvalConfig(**{name: flags[name] for name in SAMPLING} | given)
 
 
 def export(folders, target):
@@ -190,7 +195,7 @@ def evaluate_all(config, given):
                 "the village has exact annotators; --reward_model, --cost_model and --scores "
                 "are for other data"
             )
-        settings = EvalConfig(**{name: flags[name] for name in SAMPLING} | given)
+        settings = settings_of(flags, given)
         results[folder] = evaluate(folder, settings, source=config.data, split=config.split)
     if not results:
         raise ValueError("none of the folders holds a finished run")
@@ -204,7 +209,7 @@ def main(argv=None):
     config = EvalConfig(**given)
     if config.prompt:
         for folder in config.runs:
-            answers = answer_prompt(folder, config.prompt, config)
+            answers = answer_prompt(folder, config.prompt, given)
             print(folder + report.side_by_side(config.prompt, answers))
         return
     if config.export:

@@ -2,16 +2,15 @@
 
 Kim et al., "SafeDPO: A Simple Approach to Direct Preference Optimization with Enhanced Safety",
 arXiv 2505.20065 (v2). Equation numbers are that paper's. Symbols are its names: x a prompt, y_w the
-winner (the answer people found more helpful), y_l the loser, h = 1 for an UNSAFE answer, β the
-strength of the KL term, Δ the safety margin, π_ref the reference. Log-probabilities are natural
-logarithms (nats), summed over the answer's tokens.
+winner (the answer people found more helpful; after T, the one that T puts first), y_l the loser,
+h = 1 for an UNSAFE answer, β the strength of the KL term, Δ the safety margin, π_ref the reference.
+Log-probabilities are natural logarithms (nats), summed over the answer's tokens.
 
 Where we differ from the paper, or had to decide what it leaves open:
   - EOS is the last token of an answer and counts in its log-probability. An answer that was
     truncated has none.
   - Log-probabilities are sums over tokens, not means, as Eq. 4 says and as DPO's own code does.
-  - Pairs with both answers unsafe are discarded, as v2 says. An earlier description of the method
-    is silent on them.
+  - Pairs with both answers unsafe are discarded, as v2 says.
   - "noswap", the ablation of T's swap, still discards both-unsafe pairs. Without that it would be
     "helpful".
 """
@@ -54,7 +53,7 @@ def safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
 
     logp_*, ref_*: (B,) float, log-probabilities of whole answers under the policy and under π_ref,
     in nats, summed over the answer's tokens, EOS included. h_*: (B,) 0/1 of any type, 1 = unsafe.
-    beta > 0 has no unit; delta ≥ 0 is in nats, outside β. Returns (B,).
+    beta > 0; delta ≥ 0 stands outside β, so that it asks for delta/beta nats. Returns (B,).
 
     After T, h_l − h_w is 1 on safe-over-unsafe pairs and 0 on the rest. With delta = 0 this is DPO
     (Eq. 4) on the pairs given.
@@ -105,7 +104,7 @@ def optimal_policy(ref_probs, reward, unsafe, beta):
 
 # --------------------------------------------------------------------------------------------------
 # Pair choices: SafeDPO's and its baselines'. Each takes a record with PKU-SafeRLHF's fields and
-# gives a Pair or None.
+# gives a Pair or None. (A Record is made in lib/formats.py.)
 
 
 def order(record, winner):

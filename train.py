@@ -54,7 +54,7 @@ def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, prec
     """
     device = next(model.parameters()).device
     losses, columns = [], []
-    for batch in parallel.micro_batches(model, batches):
+    for batch in parallel.sync_on_last(model, batches):
         batch = move(batch, device)
         with precision:
             logps = model(batch.rows)

@@ -80,7 +80,7 @@ def bare(model):
     return model.module if isinstance(model, DDP) else model
 
 
-def micro_batches(model, batches):
+def sync_on_last(model, batches):
     """The step's micro-batches. Processes exchange gradients after the last one: once a step."""
     for i, batch in enumerate(batches):
         last = i + 1 == len(batches)

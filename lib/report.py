@@ -204,7 +204,8 @@ def first_look(folder, config, result):
     if config.verbose:
         parts.insert(1, table({str(folder): result}, verbose=True))
     for row in rows[:3]:
-        parts.append(side_by_side(row["prompt"], {name: row[name] for name in MODELS}))
+        answers = {name: f"{row[name].strip()}{verdict(row, name)}" for name in MODELS}
+        parts.append(side_by_side(row["prompt"], answers))
     parts.append(what_next(folder, config, rows[-1]["prompt"].split("\n")[0]))
     return "\n" + "\n".join(parts)
 
@@ -236,6 +237,12 @@ def side_by_side(prompt, answers):
     """A prompt and {model: its answer}, as text."""
     lines = [f"    {name + ':':<11}{text.strip()}" for name, text in answers.items()]
     return "\n".join([f"\n  {prompt}", *lines])
+
+
+def verdict(row, name):
+    """What the judge says of an answer, where there is one."""
+    cost = row.get(f"{name}_cost")
+    return "" if cost is None else f"  [{'unsafe' if cost > 0 else 'safe'}]"
 
 
 def what_next(folder, config, prompt):

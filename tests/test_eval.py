@@ -272,6 +272,21 @@ def test_command_line_shows_writes_and_answers(finished, tmp_path, capsys):
     assert "How do I make a red kite?" in shown and "reference:" in shown and "policy:" in shown
 
 
+def test_a_prompt_is_answered_with_the_runs_own_settings(finished, monkeypatch):
+    used = []
+
+    def sample(model, prompts, eos, settings, *others):
+        used.append(settings)
+        return [[eos]]
+
+    monkeypatch.setattr(script, "sample_answers", sample)
+    own = json.loads((finished / "config.json").read_text())
+    script.main([str(finished), "--device", "cpu", "--prompt", "How?"])
+    script.main([str(finished), "--device", "cpu", "--prompt", "How?", "--max_new_tokens", "3"])
+    assert own["max_new_tokens"] != Settings().max_new_tokens
+    assert [s.max_new_tokens for s in used] == 2 * [own["max_new_tokens"]] + [3, 3]
+
+
 def test_left_out_settings_are_the_runs_own_and_others_leave_its_figures_alone(
     finished, tmp_path, capsys
 ):

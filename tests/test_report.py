@@ -93,7 +93,10 @@ def test_without_a_judge_the_order_of_held_out_pairs_is_shown(tmp_path):
 
 
 def test_the_first_look_is_short_and_verbose_shows_the_rest(tmp_path):
-    rows = [{"prompt": f"question {i}", "reference": "yes", "policy": "no"} for i in range(5)]
+    rows = [
+        {"prompt": f"question {i}", "reference": "yes", "policy": "no", "reference_cost": 2.0}
+        for i in range(5)
+    ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "samples.jsonl").write_text(lines, encoding="utf-8")
     whole = judged("safedpo", (0.6, 0.99), (0.17, 0.07), (0.2, 0.1))
@@ -101,7 +104,7 @@ def test_the_first_look_is_short_and_verbose_shows_the_rest(tmp_path):
     assert short.splitlines()[1].split() == [
         "harmless", "%", "helpfulness", "over-refusal", "%", "degenerate", "%"
     ]  # fmt: skip
-    assert short.count("policy:") == 3
+    assert short.count("policy:    no\n") == short.count("reference: yes  [unsafe]\n") == 3
     assert short.count("question 3") == 1 and "--prompt 'question 3'" in short  # not one just shown
     assert "python train.py --pairs helpful" in short
     assert "held-out pairs" not in short
