@@ -184,8 +184,8 @@ def train(config, folder, lock):
     del model  # evaluation loads both models, and may need its memory
 
     result = evaluate(folder, config, splits)
-    report.draw_curves(folder)
     print(report.first_look(folder, config, result))
+    report.draw_curves(folder)
     print(f"\nDone in {time.time() - start:.0f} s.")
 
 

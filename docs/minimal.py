@@ -81,4 +81,8 @@ def main(delta, splits=None):
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 5.0)
+    try:
+        delta = float(sys.argv[1])
+    except (IndexError, ValueError):
+        sys.exit("usage: python -m docs.minimal DELTA, for example 5")
+    main(delta)

@@ -1,6 +1,6 @@
 """One row of a data set to a Record: three formats, known by their fields, checked field by field.
 
-PKU-SafeRLHF's rows (the toy world's too), TRL's preference pairs with safety labels, and
+PKU-SafeRLHF's rows (the village's too), TRL's preference pairs with safety labels, and
 BeaverTails' single answers.
 """
 

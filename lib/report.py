@@ -2,11 +2,14 @@
 
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import shlex
+import sys
 import textwrap
 
+from lib import checkpoint
 from lib.settings import MODELS
 
 COLUMNS = {  # heading → (figure, factor, digits)
@@ -186,6 +189,14 @@ def scaled(helpfulness, zero, ten):
 # --------------------------------------------------------------------------------------------------
 # What train.py shows at its end
 
+SENTENCES = {  # figure → what it says
+    "harmless_ratio": "Of {n} answers to test prompts, {policy} of the policy's are harmless and "
+    "{reference} of the reference's.",
+    "over_refusal": "The policy turns away {policy} of the benign requests, the reference "
+    "{reference}: this is over-refusal.",
+    "refusal": "The policy turns away {policy} of the harmful requests, the reference "
+    "{reference}{reason}.",
+}
 WHY_REFUSALS_CHANGE = {  # (--pairs, which way) → what a refusal wins and loses against
     ("safedpo", "fell"): ": a refusal wins against unsafe answers, but safe answers that help more "
     "win against it",
@@ -202,35 +213,37 @@ def first_look(folder, config, result):
     models = {**{name: result[name] for name in MODELS}, **optimum}
     parts = [align(figures_table(models, SHORT)), what_happened(result)]
     if config.verbose:
-        parts.insert(1, table({str(folder): result}, verbose=True))
+        parts[1:] = [table({str(folder): result}, verbose=True), sentences(result)]
     for row in rows[:3]:
         answers = {name: f"{row[name].strip()}{verdict(row, name)}" for name in MODELS}
         parts.append(side_by_side(row["prompt"], answers))
     parts.append(what_next(folder, config, rows[-1]["prompt"].split("\n")[0]))
-    return "\n" + "\n".join(parts)
+    return "\n" + "\n".join(filter(None, parts))
 
 
 def what_happened(result):
-    """Three sentences of a judged run; of another one, what there is to say without a judge."""
-    reference, policy = result["reference"], result["policy"]
-    if not policy["over_refusal"]:
-        return asked([result]) + notes([result]) + preference_table({"policy": result})
-
-    def percent(figure):
-        return [f"{100 * model[figure]['value']:.1f} %" for model in (policy, reference)]
-
-    safe, benign, harmful = map(percent, ("harmless_ratio", "over_refusal", "refusal"))
-    fell = policy["refusal"]["value"] < reference["refusal"]["value"]
-    reason = WHY_REFUSALS_CHANGE.get((result["run"]["pairs"], "fell" if fell else "rose"), "")
-    sentences = (
-        f"Of {policy['n']} answers to test prompts, {safe[0]} of the policy's are harmless and "
-        f"{safe[1]} of the reference's.",
-        f"The policy turns away {benign[0]} of the benign requests, the reference {benign[1]}: "
-        "this is over-refusal.",
-        f"The policy turns away {harmful[0]} of the harmful requests, the reference {harmful[1]}"
-        f"{reason}.",
+    """Sentences on a judged run; of another one, what there is to say without a judge."""
+    return sentences(result) or (
+        asked([result]) + notes([result]) + preference_table({"policy": result})
     )
-    return "\n".join(textwrap.fill(sentence, 90, break_on_hyphens=False) for sentence in sentences)
+
+
+def sentences(result):
+    """Up to three: on harmless answers, on benign requests and on harmful ones turned away."""
+    said = []
+    for figure, sentence in SENTENCES.items():
+        policy, reference = (result[model][figure] for model in ("policy", "reference"))
+        if policy and reference:
+            after, before = policy["value"], reference["value"]
+            way = "fell" if after < before else "rose" if after > before else "stayed"
+            sentence = sentence.format(
+                n=result["policy"]["n"],
+                policy=f"{100 * after:.1f} %",
+                reference=f"{100 * before:.1f} %",
+                reason=WHY_REFUSALS_CHANGE.get((result["run"]["pairs"], way), ""),
+            )
+            said.append(textwrap.fill(sentence, 90, break_on_hyphens=False))
+    return "\n".join(said)
 
 
 def side_by_side(prompt, answers):
@@ -298,10 +311,23 @@ def value_and_spread(figure, factor):
 
 
 def draw_curves(folder):
-    """curves.png in a run's folder: what its metrics.jsonl says. Nothing without matplotlib."""
-    log = folder / "metrics.jsonl"
-    if not importlib.util.find_spec("matplotlib") or not log.exists():
-        return
+    """curves.png in a run's folder: what its metrics.jsonl says. Nothing without matplotlib.
+
+    It is an extra: whatever goes wrong with it is one line, and the run is finished all the same.
+    """
+    if importlib.util.find_spec("matplotlib"):
+        try:
+            picture = io.BytesIO()
+            curves(folder / "metrics.jsonl").savefig(picture, format="png", dpi=120)
+            with checkpoint.replacing(folder / "curves.png", "wb") as f:
+                f.write(picture.getvalue())
+        except Exception as e:
+            reason = str(e).partition("\n")[0]
+            print(f"{folder / 'curves.png'} was not drawn: {reason}", file=sys.stderr)
+
+
+def curves(log):
+    """The figure of a run's metrics.jsonl."""
     with open(log, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     rows = [row for row in rows if row["stage"] == "safedpo"]
@@ -320,6 +346,7 @@ def draw_curves(folder):
                 panel.plot(*zip(*points), style, label=label)
         panel.set(title=title, xlabel="step of SafeDPO")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=9)
-    figure.savefig(folder / "curves.png", dpi=120)
+        if len(panel.lines) > 1:
+            panel.legend(fontsize=9)
     pyplot().close(figure)
+    return figure

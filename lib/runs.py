@@ -70,7 +70,7 @@ def resumed(folder, given):
         raise ValueError(
             f"{folder} holds no run to resume (config.json is missing); without --resume one starts"
         )
-    names = [f.name for f in fields(TrainConfig)]
+    names = [f.name for f in fields(TrainConfig) if f.name != "verbose"]
     expected = {**dict.fromkeys(names), "data_sha256": str, "reference": (str, type(None))}
     saved = checkpoint.read_json(path, expected)
     saved = {name: saved[name] for name in names}
@@ -79,14 +79,14 @@ def resumed(folder, given):
     differs = [
         name
         for name, value in given.items()
-        if value not in (saved[name], "auto") and name not in FREE_FLAGS
+        if name not in FREE_FLAGS and value not in (saved[name], "auto")
     ]
     if differs:
         asked = ", ".join(f"--{name} {given[name]}" for name in differs)
         has = ", ".join(f"--{name} {saved[name]}" for name in differs)
         raise ValueError(f"{asked} contradicts the run in {folder}, which has {has}")
     free = {name: given[name] for name in FREE_FLAGS if name in given}
-    return TrainConfig(**{**saved, "fsdp": False, **free, "out_dir": str(folder)})
+    return TrainConfig(**{**saved, "fsdp": False, "verbose": False, **free, "out_dir": str(folder)})
 
 
 def check_flags(settings, values, path):

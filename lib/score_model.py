@@ -22,7 +22,7 @@ class ScoreModel(Transformer):
         """The score of each row's one answer: (A,) float32."""
         hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.slot)
         last = rows.answer.bincount().cumsum(0) - 1  # (A,) index into the rows' answer tokens
-        end = rows.predictor[last] + 1  # source is the token before, which predicts it
+        end = rows.predictor[last] + 1  # the predictor is the token before, which predicts it
         return self.head(hidden[end]).squeeze(-1).float()
 
 

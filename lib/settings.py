@@ -98,9 +98,7 @@ class TrainConfig(Settings):
 class EvalConfig(Settings):
     runs: tuple = flag((), "folders that train.py wrote", many=True)
     data: str = flag("", "judge on this data instead of the run's own: toy, a file or a folder")
-    split: str = flag(
-        "test", "split to draw prompts from: train, test, and in the toy world unseen"
-    )
+    split: str = flag("test", "split to draw prompts from: train, test, and in the village unseen")
     prompt: str = flag("", "show what reference and policy answer to this prompt, and nothing else")
     reward_model: str = flag(
         "",

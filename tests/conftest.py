@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def rows():
-    """A folder with a small train and test split of the toy world, as JSON lines."""
+    """A folder with a small train and test split of the village, as JSON lines."""
     return world.splits(n_train=96)
 
 

@@ -16,7 +16,7 @@ def test_answers_go_to_their_prompts_and_settings_reach_the_sampler(finished, mo
         model, prompts, tokenizer.eos, Settings(max_new_tokens=12, **changes), CPU, "float32"
     )
     alone = [ask([p], temperature=0)[0] for p in x]
-    monkeypatch.setattr(policy, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(policy, "SAMPLES_AT_ONCE", 2)
     assert len(set(map(tuple, alone))) > 1 and ask(x, temperature=0) == alone
     assert (
         ask(x, temperature=0, seed=1)

@@ -92,6 +92,16 @@ def test_without_a_judge_the_order_of_held_out_pairs_is_shown(tmp_path):
     assert "held-out pairs" in table({"a run": whole})
 
 
+def test_sentences_need_their_figures():
+    whole = judged("safedpo", (0.6, 0.99), (0.17, 0.07), (0.2, 0.1))
+    assert "harmful requests" in what_happened(whole)
+    whole["policy"]["refusal"] = None  # no test prompt is harmful
+    said = what_happened(whole)
+    assert "over-refusal" in said and "harmful requests" not in said
+    same = judged("harmless", (0.6, 0.99), (0.17, 0.07), (0.2, 0.2))
+    assert what_happened(same).endswith("20.0 %."), "no reason where nothing changed"
+
+
 def test_the_first_look_is_short_and_verbose_shows_the_rest(tmp_path):
     rows = [
         {"prompt": f"question {i}", "reference": "yes", "policy": "no", "reference_cost": 2.0}
@@ -110,4 +120,8 @@ def test_the_first_look_is_short_and_verbose_shows_the_rest(tmp_path):
     assert "held-out pairs" not in short
     long = first_look(tmp_path, TrainConfig(verbose=True), whole)
     assert "held-out pairs" in long and "tokens" in long
+    for figure in ("harmless_ratio", "helpfulness", "over_refusal", "refusal"):
+        whole["reference"][figure] = whole["policy"][figure] = None
+    long = first_look(tmp_path, TrainConfig(verbose=True), whole)
+    assert long.count("held-out pairs") == long.count("One answer to each of") == 1
     assert "--pairs helpful" not in first_look(tmp_path, TrainConfig(data="a"), whole)

@@ -1,5 +1,7 @@
 """A run's folder: its name, its flags after a resume."""
 
+import json
+
 from lib.flags import parse
 from lib.runs import open_run, run_name
 from lib.settings import TrainConfig
@@ -38,3 +40,14 @@ def test_out_dir_follows_from_the_flags():
     long = [name("--init_from", "ü" * 300 + end) for end in "ab"]
     assert len(set(long)) == 2
     assert max(len(n.encode()) for n in long) <= 120, "a file system's limit is 255 bytes"
+
+
+def test_a_run_from_before_verbose_goes_on_and_verbose_does_not_stay(finished, tmp_path):
+    saved = json.loads((finished / "config.json").read_text())
+    for value in ({}, {"verbose": True}):
+        del saved["verbose"]
+        saved |= value
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        config, _ = open_run(given("--resume", "--out_dir", tmp_path))
+        assert config.verbose is False
+        saved["verbose"] = False

@@ -1,1 +1,1 @@
-"""The toy world, and what is measured in it."""
+"""The village, an invented world, and what is measured in it."""

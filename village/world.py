@@ -148,7 +148,7 @@ def thing(prompt):
         if kind in ALL_KINDS and obj in ALL_OBJECTS:
             return kind, obj
     raise ValueError(
-        f"toy world: the prompt {prompt!r} asks for nothing that exists there, "
+        f"the village: the prompt {prompt!r} asks for nothing that exists there, "
         "such as a red lantern"
     )
 

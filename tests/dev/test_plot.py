@@ -1,5 +1,7 @@
 """The picture of several runs, and the pictures and tables that figures.py puts into the pages."""
 
+import sys
+
 from lib.report import draw_curves, plot
 
 import pytest
@@ -58,3 +60,21 @@ def test_a_run_draws_its_own_curves(finished, tmp_path):
     draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (finished / "curves.png").exists(), "train.py draws them"
+
+
+@pytest.mark.parametrize(
+    "what", ["no log", "an empty log", "a cut log", "no matplotlib", "a folder"]
+)
+def test_what_goes_wrong_with_the_curves_is_one_line(what, finished, tmp_path, monkeypatch, capsys):
+    log = (finished / "metrics.jsonl").read_bytes()
+    if what != "no log":
+        log = {"an empty log": b"", "a cut log": log[:-20]}.get(what, log)
+        (tmp_path / "metrics.jsonl").write_bytes(log)
+    if what == "no matplotlib":  # it is installed, and cannot be imported
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    if what == "a folder":
+        (tmp_path / "curves.png").mkdir()
+    draw_curves(tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("curves.png was not drawn: ") == said.count("\n") == (what != "an empty log")
