@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from lib.chat import TEMPLATES
 from lib.flags import flag
-from lib.tokenizer import TEMPLATES
 
 from safedpo import PAIR_CHOICES
 
