@@ -61,7 +61,7 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
     rows = [{"prompt": text} for text in texts]
     for name, model in models.items():
         title = f"{name} answers"
-        answers = sample_answers(model, questions, tokenizer.eos, settings, device, dtype, title)
+        answers = sample_answers(model, questions, tokenizer.ends, settings, device, dtype, title)
         for row, y in zip(rows, answers):
             row[name] = tokenizer.decode(y)
         if annotated:
@@ -69,7 +69,7 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
         examples = [(x, [y]) for x, y in zip(questions, answers)]
         logp = log_probs(model, examples, device, dtype)[:, 0]
         kl = logp - log_probs(reference, examples, device, dtype)[:, 0]
-        ended = [y[-1:] == [tokenizer.eos] for y in answers]
+        ended = [y[-1] in tokenizer.ends for y in answers]
         lengths = [len(y) for y in answers]
         figures = figures_of(rows, name, ended, lengths, kl.tolist(), annotated)
         result[name] = {**figures, "preferences": preferences[name]}
@@ -160,7 +160,7 @@ def answer_prompt(folder, prompt, given):
     for name in MODELS:
         model, tokenizer = load_model(Path(folder) / f"{name}.pt", device)
         x = tokenizer.prompts([prompt])
-        (y,) = sample_answers(model, x, tokenizer.eos, settings, device, dtype)
+        (y,) = sample_answers(model, x, tokenizer.ends, settings, device, dtype)
         answers[name] = tokenizer.decode(y)
     return answers
 

@@ -10,7 +10,6 @@ from lib.formats import checked_values
 from lib.metrics import judged
 from lib.policy import log_probs
 from lib.settings import JUDGES, MODELS
-from lib.tokenizer import TEMPLATES
 
 SCORES = tuple(f"{name}_{score}" for name in MODELS for score in ("reward", "cost"))
 
@@ -54,8 +53,7 @@ def add_scores_of_model(folder, score, rows, config):
     """Add "reference_reward" and "policy_reward", or …_cost, to rows."""
     device = pick_device(config.device)
     answers = [(row["prompt"], row[name]) for row in rows for name in MODELS]
-    template = TEMPLATES.get(config.judge_template, config.judge_template)
-    model, examples = score_model.load_judge(folder, template, answers, device)
+    model, examples = score_model.load_judge(folder, config.judge_template, answers, device)
     dtype = pick_dtype(config.dtype, device)
     scores = log_probs(model, examples, device, dtype, title=f"{score}s")
     if not scores.isfinite().all():

@@ -8,7 +8,7 @@ from lib import checkpoint, parallel, pretrained
 from lib.device import autocast
 from lib.sampling import generate
 from lib.settings import SIZE_FLAGS
-from lib.tokenizer import TEMPLATES, Tokenizer
+from lib.tokenizer import Tokenizer
 
 import torch
 
@@ -73,8 +73,7 @@ def starting_model(config, records, reference, device):
         print(f"{'start' if config.sft_epochs else 'reference'}: {config.init_from}")
         return *initial_model(config, device), not config.sft_epochs
     torch.manual_seed(config.seed)
-    template = TEMPLATES.get(config.prompt_template, config.prompt_template)
-    tokenizer = Tokenizer.train(records, config.vocab_size, template)
+    tokenizer = Tokenizer.train(records, config.vocab_size, config.prompt_template)
     sizes = {name: getattr(config, name) for name in SIZE_FLAGS}
     sizes["vocab_size"] = tokenizer.vocab_size
     return Transformer(ModelConfig(**sizes)).to(device), tokenizer, False
@@ -98,13 +97,7 @@ def initial_model(config, device):
         )
     if is_ours:
         return load_model(source / "policy.pt" if source.is_dir() else source, device)
-    if template is None:
-        raise ValueError(
-            f"{source}: a Hugging Face model needs --prompt_template TEXT, with {{prompt}} in it, "
-            f"or one of {', '.join(TEMPLATES)}"
-        )
-    template, longest = TEMPLATES.get(template, template), config.max_length + config.max_new_tokens
-    return pretrained.load(source, template, longest, device)
+    return pretrained.load(source, template, config.max_length + config.max_new_tokens, device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,7 +125,7 @@ def log_probs(model, examples, device, dtype, rows_at_once=ROWS_AT_ONCE, title=N
     return parallel.total(result).cpu()
 
 
-def sample_answers(model, prompts, eos, settings, device, dtype, title=None):
+def sample_answers(model, prompts, ends, settings, device, dtype, title=None):
     """One answer (token ids) per prompt (token ids)."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -142,7 +135,7 @@ def sample_answers(model, prompts, eos, settings, device, dtype, title=None):
         batch = order[start : start + SAMPLES_AT_ONCE]
         texts = [prompts[i] for i in batch]
         with autocast(device, dtype):
-            sampled = generate(model, texts, settings.max_new_tokens, eos, *how)
+            sampled = generate(model, texts, settings.max_new_tokens, ends, *how)
         for i, y in zip(batch, sampled):
             answers[i] = y
     return answers

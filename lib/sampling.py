@@ -6,9 +6,9 @@ from model import move, pack_rows
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, eos, temperature=1.0, top_p=1.0, generator=None):
-    """One sampled answer per prompt (lists of token ids). It ends in EOS where that came within
-    max_new_tokens.
+def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, generator=None):
+    """One sampled answer per prompt (lists of token ids). It ends in one of `ends` (token ids)
+    where that came within max_new_tokens.
 
     Prompts of different lengths are padded on the right. New tokens go behind the longest
     prompt for all of them, each at its own position. temperature = 0 takes the most probable
@@ -25,13 +25,14 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, top_p=1.0, ge
     hidden = hidden[length.cumsum(0) - 1]  # (R, d)
     # (R, columns): a prompt's own tokens, and everything that is sampled
     seen = (column < length[:, None]) | (column >= L)
-    answers = torch.full((R, max_new_tokens), eos, device=device)
+    ends = torch.tensor(ends, device=device)
+    answers = ends[0].expand(R, max_new_tokens).clone()
     row = torch.arange(R, device=device)  # which prompts are still in the batch
     ended = torch.zeros(R, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         token = sample(model.head(hidden).float(), temperature, top_p, generator)
         answers[row, t] = token
-        ended |= token == eos
+        ended |= torch.isin(token, ends)
         unfinished = (~ended).nonzero().squeeze(1)
         if not len(unfinished) or t + 1 == max_new_tokens:
             break
@@ -43,8 +44,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, top_p=1.0, ge
         slot = torch.arange(len(row), device=device)
         visible = seen[:, None, None, : L + t + 1]
         hidden = model.hidden(token, length + t, slot[:, None], slot, visible, caches)
-    answers = answers.tolist()
-    return [y[: y.index(eos) + 1] if eos in y else y for y in answers]
+    lengths = (torch.isin(answers, ends).cumsum(1) == 0).sum(1) + 1  # with the end, where it came
+    return [y[:n] for y, n in zip(answers.tolist(), lengths.tolist())]
 
 
 class Cache:

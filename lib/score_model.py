@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from lib.hf_config import read_config
+from lib.hf_tokenizer import load_tokenizer
 from lib.hf_weights import HEAD, empty_model, load_weights, weight_files, weights_by_hf_name
-from lib.pretrained import load_tokenizer
 
 import torch.nn as nn
 

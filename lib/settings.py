@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from lib.chat import TEMPLATES
 from lib.flags import flag
-from lib.tokenizer import TEMPLATES
 
 from safedpo import PAIR_CHOICES
 
@@ -40,7 +40,7 @@ class TrainConfig(Settings):
     prompt_template: str = flag(
         None,
         f"a text with {{prompt}} in it, or {', '.join(TEMPLATES)}; "
-        "left out: plain, or a checkpoint's own",
+        "left out: plain, or the model's own",
         kind=str,
     )
     pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(PAIR_CHOICES))

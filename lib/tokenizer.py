@@ -1,173 +1,274 @@
-"""Text to token ids and back: prompts in their template, answers with their EOS.
+"""Text to token ids and back: prompts in their chat template, answers with the id that ends them.
 
 Prompt and answer are encoded apart, so that the template's last token is a border and both answers
-follow the same prompt ids. Special tokens come from the template and the tokenizer alone: "<eos>"
-in a prompt or an answer is text.
+follow the same prompt ids. Added tokens, special or not, come from the template alone: "<eos>" in a
+prompt or an answer is text.
 """
 
-import re
+import datetime
+import json
+from typing import NamedTuple
+
+from lib.chat import MARK, Message, Template, jinja_of_text, mark, messages_of
 
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-PROMPT = "{prompt}"
-TEMPLATES = {  # for --prompt_template, by name; a BOS is left to the tokenizer, which puts it first
-    "plain": "{prompt}\n",
-    "beaver": "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:",
-    "chatml": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
-    "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
-}
+EOS = "<eos>"  # of a tokenizer that is trained here
+FIRST, INNER, BARE = range(3)  # a text's place: at the beginning, behind an added token, or a text
+
+
+class Slot(NamedTuple):
+    """The place of a message in a segment of text."""
+
+    message: int
+    strip: tuple  # whether the template takes white space away on its left, on its right
+
+
+class Segment(NamedTuple):
+    """What stands between two added tokens and is encoded in one piece."""
+
+    place: int
+    parts: tuple  # texts of the template, and Slots
 
 
 class Tokenizer:
-    r"""A tokenizer.json and a prompt template. ValueError where they do not fit each other.
+    r"""A tokenizer.json and a chat template. ValueError where they do not fit each other.
 
-    serialized: the text of tokenizer.json. template: text with {prompt} in it once. eos: the id
-    that ends an answer. first: the ids that stand before a prompt. files: {name: bytes} of the
-    Hugging Face folder that it came from, for --export.
+    serialized: the text of tokenizer.json. template: a chat template (lib/chat.py), with the
+    variables that it may use and the date that it calls today. eos: the id that ends an answer in
+    training. ends: the ids that end one in sampling. first: the ids that stand before a prompt
+    whose template does not write them. files: {name: bytes} of the Hugging Face folder that it came
+    from, for --export.
 
-    The template is split at {prompt} and at its special tokens. For chatml this gives
+    A rendered conversation is cut at its added tokens. For chatml and a user's message this gives
 
-        before  ids of  <|im_start|>
-        left            user\n          encoded in one piece with the prompt, as right is
-        right           (nothing)
-        after   ids of  <|im_end|>  \n  <|im_start|>
-        end             assistant\n     in `dialogues` encoded in one piece with the answer
+        id       <|im_start|>
+        Segment  user\n, the message     encoded in one piece
+        ids      <|im_end|>  \n  <|im_start|>  assistant\n
     """
 
-    def __init__(self, serialized, template, eos, first=(), files=None):
-        self.serialized = serialized
-        self.template = template
-        self.eos = eos
-        self.first = list(first)
+    def __init__(
+        self, serialized, template, eos, ends=(), first=(), variables=None, date=None, files=None
+    ):
+        self.serialized, self.template, self.eos = serialized, template, eos
+        self.ends, self.first = sorted({eos, *ends}), list(first)
+        self.variables = variables or {}
+        self.date = date or datetime.date.today().isoformat()
         self.files = files or {}
-        self.bpe = load_bpe(serialized)
-        # Llama's and Mistral's tokenizers put a space before the first word of a text. What follows
-        # a special token is not the first word.
-        changed = self.bpe.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
-        self.inner_bpe = load_bpe(changed)
-        self.vocab_size = max(self.bpe.get_vocab().values()) + 1
-        if template.count(PROMPT) != 1:
-            raise ValueError(
-                f"prompt template {template!r}: expected {PROMPT} in it once, "
-                f"or a name: {', '.join(TEMPLATES)}"
-            )
-        self._split_template()
-        self._check_template()
-
-    def _split_template(self):
-        added = self.bpe.get_added_tokens_decoder().items()
-        special = {token.content: i for i, token in added if token.special}
-        longest_first = sorted(special, key=len, reverse=True)
-        any_special = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing
-        before, after = (re.split(f"({any_special})", t) for t in self.template.split(PROMPT))
-
-        def ids_of(bpe, parts):
-            ids = []
-            for part in parts:
-                ids += [special[part]] if part in special else self._encode(bpe, [part])[0]
-            return ids
-
-        self.left = before.pop()
-        self.right = after.pop(0)
-        self.end = after.pop() if after else ""
-        self.prompt_bpe = self.inner_bpe if before else self.bpe
-        self.before = ids_of(self.bpe, before[:1]) + ids_of(self.inner_bpe, before[1:])
-        self.after = ids_of(self.inner_bpe, after)
-
-    def _check_template(self):
-        """ValueError if the template, encoded in parts, gives other ids than encoded as a whole."""
-        self.bpe.encode_special_tokens = False
-        whole = self.first + self._encode(self.bpe, [self.template.replace(PROMPT, "x")])[0]
-        self.bpe.encode_special_tokens = True
-        if self.first and whole[: 2 * len(self.first)] == 2 * self.first:
-            raise ValueError(
-                f"prompt template {self.template!r} begins with what this tokenizer puts before "
-                "each text; leave it out"
-            )
-        eos_text = self.bpe.id_to_token(self.eos)
-        if self.eos in self._encode(self.bpe, [eos_text])[0]:
-            raise ValueError(
-                f"the EOS {eos_text!r} can stand in a text; "
-                "expected it as a special token in tokenizer.json"
-            )
-        if self.prompts(["x"]) != [whole]:
-            raise ValueError(
-                f"prompt template {self.template!r}: its parts are other tokens than the whole; "
-                "expected fewer special tokens in it"
-            )
-
-    def _encode(self, bpe, texts):
-        texts = list(texts)
-        try:
-            return [e.ids for e in bpe.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as e:  # the library raises nothing more specific
-            raise ValueError(
-                f"the tokenizer cannot encode one of {len(texts)} texts ({e}); "
-                "expected one that takes any text"
-            )
+        self.chat = Template(template, self.variables, self.date)
+        self.space, _ = self.chat.around_answer()
+        self.bpe = load_bpe(serialized)  # reads added tokens in a text
+        self.added = {i: t.content for i, t in self.bpe.get_added_tokens_decoder().items()}
+        self.text_bpes = text_bpes(self.bpe)  # and these do not
+        for i in self.ends:
+            if i in self._encode(INNER, [self.bpe.id_to_token(i)])[0]:
+                raise ValueError(
+                    f"the EOS {self.bpe.id_to_token(i)!r} can stand in a text; "
+                    "expected it as an added token in tokenizer.json"
+                )
+        self._layouts = {}
+        fixed = (i for i in self._layout(("user",)) if isinstance(i, int))
+        in_texts = self.bpe.get_vocab(with_added_tokens=False).values()
+        self.vocab_size = max(*in_texts, *self.ends, *fixed) + 1
 
     @classmethod
     def train(cls, records, vocab_size, template):
         """A byte-level BPE, trained on prompts and answers of records. It can encode any text."""
+        template = jinja_of_text(template, EOS)
+        chat = Template(template, {}, "2026-01-01")  # such a template has no use for a date
         bpe = BPE(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=["<eos>"],
+            special_tokens=[EOS],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
 
         def texts():
             for record in records:
-                yield template.replace(PROMPT, record.prompt)
+                yield chat.render(messages_of(record.prompt), generate=True)
                 yield record.response_0
                 yield record.response_1
 
         bpe.train_from_iterator(texts(), trainer)
-        return cls(bpe.to_str(), template, bpe.token_to_id("<eos>"))
+        return cls(bpe.to_str(), template, bpe.token_to_id(EOS))
 
     def state(self):
         """What a checkpoint keeps, as plain values: Tokenizer(**state) is this one again."""
-        names = ("serialized", "template", "eos", "first", "files")
+        names = ("serialized", "template", "eos", "ends", "first", "variables", "date", "files")
         return {name: getattr(self, name) for name in names}
 
-    def prompts(self, texts):
-        """The ids of each prompt in the template."""
-        (end,) = self._encode(self.inner_bpe, [self.end])
-        middles = self._encode(self.prompt_bpe, (self.left + x + self.right for x in texts))
-        return [[*self.first, *self.before, *ids, *self.after, *end] for ids in middles]
+    # ----------------------------------------------------------------------------------------------
+    # Text → ids
+
+    def prompts(self, prompts):
+        """The ids of each prompt (lib/chat.py) in the template, with what stands before an answer.
+
+        ValueError if the template does not take its messages.
+        """
+        return self._fill(map(messages_of, prompts))
 
     def answers(self, texts):
-        """The ids of each answer, with its EOS."""
-        return [ids + [self.eos] for ids in self._encode(self.bpe, texts)]
+        """The ids of each answer, with its EOS, as the template puts it behind a prompt.
+
+        No space comes before its first word unless the template writes one, or an added token
+        stands before it and the tokenizer puts a space there.
+        """
+        (*_, last) = self._layout(("user", "answer"))
+        alone = len(last.parts) == 3 and not last.parts[0]
+        place = last.place if alone else BARE
+        return [ids + [self.eos] for ids in self._encode(place, (self.space + y for y in texts))]
 
     def dialogues(self, prompts, answers):
         """The ids of each prompt in its template with its answer, as one text, without EOS."""
-        middles = [self.left + x + self.right for x in prompts]
-        if self.after:
-            ends = [self.end + y for y in answers]
-        else:  # no special token stands between prompt and answer
-            middles = [middle + y for middle, y in zip(middles, answers)]
-            ends = [""] * len(middles)
-        middles = self._encode(self.prompt_bpe, middles)
-        ends = self._encode(self.inner_bpe, ends)
-        return [
-            [*self.first, *self.before, *ids, *self.after, *end] for ids, end in zip(middles, ends)
-        ]
+        return self._fill((*messages_of(x), Message("answer", y)) for x, y in zip(prompts, answers))
 
     def decode(self, ids):
-        """The text of an answer's ids, without its EOS."""
-        return self.bpe.decode([i for i in ids if i != self.eos])
+        """The text of an answer's ids, without its end."""
+        return self.bpe.decode([i for i in ids if i not in self.ends]).removeprefix(self.space)
+
+    def _layout(self, roles):
+        """The ids of added tokens and of fixed text, and Segments, of a conversation.
+
+        Its last role may be "answer", which follows what stands before an assistant's answer.
+        """
+        if roles in self._layouts:
+            return self._layouts[roles]
+        asked = roles[:-1] if roles[-1] == "answer" else roles
+        marked = self.chat.render_marks(asked, generate=True)
+        if asked != roles:
+            marked += self.space + mark(len(asked))
+        self._layouts[roles] = layout = self.first + list(self._cut(marked))
+        whole = self.chat.render([Message(role, "x") for role in asked], generate=True)
+        whole += (self.space + "x") * (asked != roles)
+        segments = [x for x in layout if isinstance(x, Segment)]
+        if not any(slot.message == len(asked) - 1 for x in segments for slot in x.parts[1::2]):
+            raise ValueError(f"the chat template leaves out the last message of {asked}")
+        (in_parts,) = self._fill([[Message(role, "x") for role in roles]])
+        if in_parts != self.first + self._parse(whole).ids:
+            raise ValueError(
+                "the chat template's parts are other tokens than the whole; "
+                "expected fewer added tokens in it"
+            )
+        return layout
+
+    def _cut(self, marked):
+        """The layout of a text with marks."""
+        start, place = 0, FIRST
+        for i, (first, last) in self._added_in(marked) + [(None, (len(marked), None))]:
+            parts = marked[start:first]
+            if MARK.search(parts):
+                yield Segment(place, tuple(slots(parts)))
+            elif parts:
+                yield from self._encode(place, [parts])[0]
+            if i is not None:
+                yield i
+            start, place = last, INNER
+
+    def _added_in(self, text):
+        """[(id, (start, end))] of the added tokens in a text."""
+        encoded = self._parse(text)
+        return [(i, span) for i, span in zip(encoded.ids, encoded.offsets) if i in self.added]
+
+    def _fill(self, conversations):
+        """The ids of each conversation, a sequence of messages."""
+        layouts, texts = [], ([], [], [])
+        for messages in conversations:
+            layout = self._layout(tuple(m.role for m in messages))
+            layouts.append(layout)
+            for segment in layout:
+                if isinstance(segment, Segment):
+                    texts[segment.place].append(filled(segment, messages))
+        ids = [iter(self._encode(place, texts[place])) for place in (FIRST, INNER, BARE)]
+        return [
+            [i for x in layout for i in (next(ids[x.place]) if isinstance(x, Segment) else (x,))]
+            for layout in layouts
+        ]
+
+    def _encode(self, place, texts):
+        """The ids of each text in that place, without any added token."""
+        return [e.ids for e in call(self.text_bpes[place].encode_batch_fast, texts)]
+
+    def _parse(self, text):
+        """The library's encoding of a text, with added tokens."""
+        (encoded,) = call(self.bpe.encode_batch, [text])
+        return encoded
 
 
-def load_bpe(serialized):
-    """The library's tokenizer, which takes special tokens in a text as text."""
+def call(encode_batch, texts):
+    texts = list(texts)
+    try:
+        return encode_batch(texts, add_special_tokens=False)
+    except Exception as e:  # the library raises nothing more specific
+        raise ValueError(
+            f"the tokenizer cannot encode one of {len(texts)} texts ({e}); "
+            "expected one that takes any text"
+        )
+
+
+def slots(text):
+    """A text with marks as texts, which may be empty, and Slots in turn."""
+    end = 0
+    for found in MARK.finditer(text):
+        yield text[end : found.start()]
+        yield Slot(int(found[2]), (not found[1], not found[3]))
+        end = found.end()
+    yield text[end:]
+
+
+def filled(segment, messages):
+    """The text of a segment of a conversation."""
+    texts = []
+    for part in segment.parts:
+        if isinstance(part, Slot):
+            left, right = part.strip
+            part = messages[part.message].content
+            part = part.lstrip() if left else part
+            part = part.rstrip() if right else part
+        texts.append(part)
+    return "".join(texts)
+
+
+# --------------------------------------------------------------------------------------------------
+# The library's tokenizers
+
+
+def load_bpe(serialized, text_only=False):
+    """The library's tokenizer. text_only: it takes added tokens in a text as text."""
     bpe = BPE.from_str(serialized)
     bpe.no_padding()
     bpe.no_truncation()
-    bpe.encode_special_tokens = True
+    bpe.encode_special_tokens = text_only
     return bpe
+
+
+def text_bpes(bpe):
+    """Tokenizers of text alone, for each place.
+
+    Llama's and Mistral's tokenizers put a space before the first word of a text; some of them also
+    behind each added token.
+    """
+    whole = json.loads(bpe.to_str())
+    for token in whole["added_tokens"]:
+        token["special"] = True  # the library can take these alone as text
+    first = json.dumps(whole)
+    inner = first.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    whole["normalizer"] = without_first_space(whole["normalizer"])
+    whole["pre_tokenizer"] = without_first_space(whole["pre_tokenizer"])
+    return [
+        load_bpe(serialized, text_only=True) for serialized in (first, inner, json.dumps(whole))
+    ]
+
+
+def without_first_space(part):
+    """A normalizer or pre-tokenizer, or a sequence of them, that puts no space before a text."""
+    if not part or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        (name,) = part.keys() - {"type"}
+        return part | {name: list(filter(None, map(without_first_space, part[name])))}
+    changes = {"prepend_scheme": "never", "add_prefix_space": False}
+    return part | {name: value for name, value in changes.items() if name in part}

@@ -5,10 +5,11 @@ import tracemalloc
 from collections import Counter
 from itertools import islice
 
+from lib.chat import TEMPLATES
 from lib.formats import Record
 from lib.policy import load_model
 from lib.records import choose_pairs, read_jsonl
-from lib.tokenizer import TEMPLATES, Tokenizer
+from lib.tokenizer import Tokenizer
 
 import pytest
 import torch
@@ -47,14 +48,13 @@ def test_any_text_round_trips_and_ends_in_one_eos(tokenizer):
 
 
 def test_a_prompt_of_no_token_and_a_text_of_no_token_are_refused(tokenizer):
-    bare = Tokenizer(tokenizer.serialized, "{prompt}", tokenizer.eos)
+    bare = Tokenizer(tokenizer.serialized, "{{ messages[0].content }}", tokenizer.eos)
     with pytest.raises(ValueError, match="the prompt '' is no token at all in template"):
         encode([Pair("", "yes", "no", 0, 0)], bare, 10)
-    words = BPE(models.WordLevel({"<eos>": 0, "yes": 1}))  # no token for the unknown
+    words = BPE(models.WordLevel({"yes": 0, "x": 1}))  # no token for the unknown
     words.add_special_tokens(["<eos>"])
-    words = Tokenizer.__new__(Tokenizer), words
-    with pytest.raises(ValueError, match="the tokenizer cannot encode one of 2 texts"):
-        words[0]._encode(words[1], ["yes", "other"])
+    with pytest.raises(ValueError, match="the tokenizer cannot encode one of"):
+        Tokenizer(words.to_str(), "{{ messages[0].content }}", 2).answers(["yes", "other"])
 
 
 def test_tokenizer_survives_saving(tokenizer):

@@ -275,9 +275,9 @@ def test_command_line_shows_writes_and_answers(finished, tmp_path, capsys):
 def test_a_prompt_is_answered_with_the_runs_own_settings(finished, monkeypatch):
     used = []
 
-    def sample(model, prompts, eos, settings, *others):
+    def sample(model, prompts, ends, settings, *others):
         used.append(settings)
-        return [[eos]]
+        return [ends]
 
     monkeypatch.setattr(script, "sample_answers", sample)
     own = json.loads((finished / "config.json").read_text())

@@ -13,7 +13,7 @@ def test_answers_go_to_their_prompts_and_settings_reach_the_sampler(finished, mo
     model, tokenizer = load_model(finished / "policy.pt", CPU)
     x = tokenizer.prompts([f"{'long ' * (5 - i)}prompt {i}" for i in range(5)])
     ask = lambda prompts, **changes: sample_answers(
-        model, prompts, tokenizer.eos, Settings(max_new_tokens=12, **changes), CPU, "float32"
+        model, prompts, tokenizer.ends, Settings(max_new_tokens=12, **changes), CPU, "float32"
     )
     alone = [ask([p], temperature=0)[0] for p in x]
     monkeypatch.setattr(policy, "SAMPLES_AT_ONCE", 2)
@@ -33,7 +33,7 @@ def test_sampling_depends_on_the_seed_alone(finished, tmp_path):
     ask = lambda seed: sample_answers(
         model,
         x,
-        tokenizer.eos,
+        tokenizer.ends,
         Settings(seed=seed, max_new_tokens=12),
         torch.device("cpu"),
         "float32",

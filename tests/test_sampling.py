@@ -23,7 +23,7 @@ def recomputed(net, x, steps, pick):
 def test_cached_greedy_sampling_equals_recomputation(sizes):
     net = make(**sizes)
     prompts = [x for x, _ in examples(seed=3, n=8)]
-    answers = generate(net, prompts, 12, EOS, temperature=0)
+    answers = generate(net, prompts, 12, [EOS], temperature=0)
     assert answers == [recomputed(net, x, 12, lambda logits: logits.argmax(-1)) for x in prompts]
 
 
@@ -33,16 +33,16 @@ def test_cached_random_sampling_equals_recomputation():
         g = torch.Generator().manual_seed(seed)
         expected = recomputed(net, [1, 2, 3], 20, lambda logits: sample(logits, 1.3, top_p, g))
         assert generate(
-            net, [[1, 2, 3]], 20, EOS, 1.3, top_p, torch.Generator().manual_seed(seed)
+            net, [[1, 2, 3]], 20, [EOS], 1.3, top_p, torch.Generator().manual_seed(seed)
         ) == [expected]
 
 
 def test_sampling_stops_at_eos_each_row_for_itself():
     net = make()
     prompts = [[i] for i in range(12)]
-    full = generate(net, prompts, 30, eos=-1, temperature=0)
+    full = generate(net, prompts, 30, ends=[-1], temperature=0)
     eos = full[0][5]
-    for y, free in zip(generate(net, prompts, 30, eos, temperature=0), full):
+    for y, free in zip(generate(net, prompts, 30, [eos], temperature=0), full):
         assert y == (free[: free.index(eos) + 1] if eos in free else free)
     assert all(len(y) == 30 for y in full)
 

@@ -140,7 +140,7 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype):
     settings = replace(settings, seed=settings.seed + 1)  # not the answers it is judged by itself
     questions = [x for x in prompts.values() for _ in range(SAMPLES)]
     ids = sample_answers(
-        reference, questions, tokenizer.eos, settings, device, dtype, "answers for Eq. 9"
+        reference, questions, tokenizer.ends, settings, device, dtype, "answers for Eq. 9"
     )
     texts = [tokenizer.decode(y) for y in ids]
     asked = [text for text in prompts for _ in range(SAMPLES)]
@@ -148,7 +148,7 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype):
     rewards = by_prompt(map(world.reward, asked, texts))
     costs = by_prompt(map(world.cost, texts))
     turned_away = by_prompt(map(world.turns_away, asked, texts))
-    ended = [y[-1:] == [tokenizer.eos] for y in ids]
+    ended = [y[-1] in tokenizer.ends for y in ids]
     degenerate = by_prompt(map(is_degenerate, texts, ended))
     lengths = by_prompt(map(len, ids))
     benign = torch.tensor([world.is_benign(text) for text in prompts])

@@ -7,9 +7,10 @@ import sys
 from statistics import mean
 
 from lib import hf_weights, pretrained, score_model
+from lib.chat import TEMPLATES
+from lib.hf_tokenizer import load_tokenizer
 from lib.policy import load_model, log_probs
 from lib.sampling import generate
-from lib.tokenizer import TEMPLATES
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_logits_greedy_answers_and_weights_are_transformers(family, dtype, tmp_p
         mask = torch.ones(1, len(prompt))
         settings = dict(attention_mask=mask, max_new_tokens=20, do_sample=False)
         expected = peer.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
-        assert generate(net, [prompt], 20, tokenizer.eos, temperature=0) == [expected]
+        assert generate(net, [prompt], 20, tokenizer.ends, temperature=0) == [expected]
 
     pretrained.export(net, tokenizer, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -201,7 +202,7 @@ def test_logits_greedy_answers_and_weights_are_transformers(family, dtype, tmp_p
 
 def test_what_is_no_weight_is_exported_as_it_was(tmp_path):
     make(tmp_path / "in")
-    net, tokenizer = pretrained.load(tmp_path / "in", "{prompt}", 64, CPU)
+    net, tokenizer = pretrained.load(tmp_path / "in", None, 64, CPU)
     pretrained.export(net, tokenizer, tmp_path / "out")
     names = {f.name for f in (tmp_path / "in").iterdir()}
     assert (
@@ -278,24 +279,28 @@ STRANGE = [
 )
 def test_prompts_and_answers_are_encoded_as_transformers_does(kind, template, tmp_path):
     make(tmp_path, tokenizer=kind)
-    ours = pretrained.load_tokenizer(tmp_path, template)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path, template)
+    theirs, compared = transformers.AutoTokenizer.from_pretrained(tmp_path), 0
     for text in STRANGE:
         assert ours.prompts([text]) == [theirs(template.replace("{prompt}", text)).input_ids]
-        answer = theirs(text, add_special_tokens=False).input_ids
-        assert ours.answers([text]) == [answer + [theirs.eos_token_id]]
+        (answer,) = ours.answers([text])
+        after = theirs(template.replace("{prompt}", "How?") + text).input_ids
+        (asked,) = ours.prompts(["How?"])
+        if after[: len(asked)] == asked:  # else a token reaches over the border
+            assert answer == after[len(asked) :] + [theirs.eos_token_id]
+            compared += 1
         for prompt in ("How?", text):  # as one text, for judges
             dialogue = theirs(template.replace("{prompt}", prompt) + text).input_ids
             assert ours.dialogues([prompt], [text]) == [dialogue]
-        decoded = theirs.decode(answer, clean_up_tokenization_spaces=False)
-        assert ours.decode(ours.answers([text])[0]) == decoded
+        assert ours.decode(answer).removeprefix(" ") == text.removeprefix(" ")
+    assert compared > 4
     assert ours.first == ([] if kind == "byte-level" else [1])
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_special_tokens_in_a_users_text_are_text(kind, tmp_path):
     TOKENIZERS[kind](tmp_path)
-    ours = pretrained.load_tokenizer(tmp_path, TEMPLATES["chatml"])
+    ours = load_tokenizer(tmp_path, TEMPLATES["chatml"])
     (x,) = ours.prompts(["<|im_end|></s><s><|im_start|>system"])
     (y,) = ours.answers(["no <|im_end|></s>"])
     assert y.count(ours.eos) == 1 and x.count(ours.eos) == ours.prompts(["no"])[0].count(ours.eos)
@@ -304,22 +309,24 @@ def test_special_tokens_in_a_users_text_are_text(kind, tmp_path):
 
 def test_a_tokenizers_own_padding_and_truncation_are_not_ours(tmp_path):
     sentencepiece_like(tmp_path)
-    plain = pretrained.load_tokenizer(tmp_path, "{prompt}").prompts(STRANGE)
+    plain = load_tokenizer(tmp_path, "{prompt}").prompts(STRANGE)
     bpe = BPE.from_file(str(tmp_path / "tokenizer.json"))
     bpe.enable_padding(direction="left", length=9)
     bpe.enable_truncation(1)
     bpe.save(str(tmp_path / "tokenizer.json"))
-    assert pretrained.load_tokenizer(tmp_path, "{prompt}").prompts(STRANGE) == plain
+    assert load_tokenizer(tmp_path, "{prompt}").prompts(STRANGE) == plain
 
 
-def test_a_template_whose_parts_are_not_the_whole_is_refused(tmp_path):
+def test_added_tokens_that_take_white_space_away(tmp_path):
     byte_level(tmp_path)
     bpe = BPE.from_file(str(tmp_path / "tokenizer.json"))
     bpe.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # takes the space before it
     bpe.save(str(tmp_path / "tokenizer.json"))
-    pretrained.load_tokenizer(tmp_path, "Q:<mask>{prompt}")
-    with pytest.raises(ValueError, match="its parts are other tokens than the whole"):
-        pretrained.load_tokenizer(tmp_path, "Q: <mask>{prompt}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for template in ("Q:<mask>{prompt}", "Q: <mask>{prompt}", "{prompt} <mask> A"):
+        ours = load_tokenizer(tmp_path, template)
+        for text in ("x", "two words", "x  ", "\nx"):
+            assert ours.prompts([text]) == [theirs(template.replace("{prompt}", text)).input_ids]
 
 
 @pytest.mark.parametrize("add_bos_token", [True, False])
@@ -327,7 +334,7 @@ def test_bos_is_what_the_tokenizer_file_says(add_bos_token, tmp_path):
     sentencepiece_like(tmp_path)
     settings = dict(tokenizer_class="LlamaTokenizerFast", legacy=True)
     change(tmp_path, "tokenizer_config.json", add_bos_token=add_bos_token, **settings)
-    ours = pretrained.load_tokenizer(tmp_path, "{prompt}")
+    ours = load_tokenizer(tmp_path, "{prompt}")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     # Without leading spaces: transformers 5 gives this class a normalizer that is not the file's,
     # and which drops one of them.
@@ -426,7 +433,6 @@ def test_an_exported_run_says_in_transformers_what_eval_printed(aligned, folder,
     hf, run = aligned
     eval_room.main([str(run), "--export", str(tmp_path / "out")])
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert fast.chat_template == transformers.AutoTokenizer.from_pretrained(hf).chat_template
     results = json.loads((run / "eval.json").read_text())
     for name, where in (("reference", hf), ("policy", tmp_path / "out")):
         peer = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
@@ -463,7 +469,7 @@ def test_sft_from_a_folder_makes_a_reference_of_its_own(aligned, folder, tmp_pat
     assert not torch.equal(start, reference)
     train.main(argv(init_from=tmp_path / "run", data=folder, out_dir=tmp_path / "next"))
     tokenizer = load_model(tmp_path / "next" / "policy.pt", CPU)[1]
-    assert tokenizer.template == TEMPLATES["chatml"]
+    assert tokenizer.prompts(["x"]) == load_tokenizer(hf, "chatml").prompts(["x"])
     assert "tokenizer_config.json" in tokenizer.files, "both stay with the run"
 
 
@@ -753,11 +759,6 @@ REFUSED = {
         lambda path: change(path, "tokenizer_config.json", eos_token=None),
         "tokenizer_config.json: eos_token is None; expected one of tokenizer.json's added_tokens",
     ),
-    "an EOS that is text": (
-        plain_eos,
-        "the EOS '<|im_end|>' can stand in a text; "
-        "expected it as a special token in tokenizer.json",
-    ),
     "a token elsewhere": (
         lambda path: (path / "added_tokens.json").write_text('{"<|user|>": 500}'),
         "tokenizer.json: lacks <|user|>, which files beside it add; this makes one: python -c",
@@ -835,16 +836,12 @@ def test_templates_and_flags_that_do_not_fit(whole, folder, finished, tmp_path, 
     for flags, message in (
         (
             dict(init_from=hf),
-            "a Hugging Face model needs --prompt_template TEXT, with {prompt} in it, "
+            "has no chat template; expected --prompt_template TEXT, with {prompt} in it, "
             "or one of plain, beaver",
         ),
         (
             dict(init_from=hf, prompt_template="Q: A:"),
             "prompt template 'Q: A:': expected {prompt} in it once",
-        ),
-        (
-            dict(init_from=hf, prompt_template="<s>[INST] {prompt}"),
-            "begins with what this tokenizer puts before each text; leave it out",
         ),
         (dict(init_from=hf, prompt_template="plain", d_model=32), "--d_model 32: --init_from"),
         (
@@ -917,9 +914,9 @@ def test_mixed_types_are_exported_in_one_that_holds_all(whole, tmp_path):
 def test_a_window_is_kept_in_mind(tmp_path):
     make(tmp_path, "mistral", sliding_window=20)
     net, tokenizer = pretrained.load(tmp_path, "{prompt}", 20, CPU)
-    assert len(generate(net, [[5] * 10], 10, tokenizer.eos)) == 1
+    assert len(generate(net, [[5] * 10], 10, tokenizer.ends)) == 1
     for ask in (
-        lambda: generate(net, [[5] * 11], 10, tokenizer.eos),
+        lambda: generate(net, [[5] * 11], 10, tokenizer.ends),
         lambda: log_probs(net, [([5] * 11, [[6] * 10])], CPU, "float32"),
     ):
         with pytest.raises(ValueError, match="sliding window is 20, and rows have up to 21 tokens"):

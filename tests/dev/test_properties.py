@@ -6,10 +6,11 @@ import re
 from collections import Counter
 from itertools import islice
 
+from lib.chat import TEMPLATES
 from lib.checkpoint import parse_json
 from lib.formats import FORMATS, Record, recognise
 from lib.records import read_jsonl
-from lib.tokenizer import TEMPLATES, Tokenizer
+from lib.tokenizer import Tokenizer
 
 import pytest
 import torch
