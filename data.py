@@ -52,6 +52,9 @@ def training_pairs(splits, tokenizer, config):
     pairs = records.choose_pairs(noisy, config.pairs, counts)
     pairs, cuts = encode(pairs, tokenizer, config.max_length, "tokenizing")
     held_out_pairs(splits["test"], tokenizer, config.max_length)  # now, not after training
+    first = pairs[0].x
+    text = tokenizer.bpe.decode(first, skip_special_tokens=False)
+    print(f"a prompt as the model reads it, {len(first)} tokens: {text!r}")
     print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
     if any(cuts.values()):
         what = ", ".join(f"{n} {what}" for what, n in cuts.items())

@@ -54,7 +54,7 @@ def prompt_text(prompt):
 
 def jinja_of_text(text, eos):
     """The chat template of a text with {prompt} in it once. eos: the text that ends an answer."""
-    text = TEMPLATES.get(text, text)
+    text = TEMPLATES.get(text, text).replace("\\n", "\n")  # as it is typed in a shell
     if text.count(PROMPT) != 1:
         raise ValueError(
             f"prompt template {text!r}: expected {PROMPT} in it once, "

@@ -42,6 +42,7 @@ PACKAGES = {  # what a file may import that is neither ours nor Python's own
     "lib/hf_weights.py": {"torch", "safetensors"},
     "lib/report.py": {"matplotlib"},
     "lib/checkpoint.py": {"torch", "filelock"},
+    "lib/chat.py": {"jinja2"},
     "bench.py": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 USUAL = {"torch", "numpy", "tokenizers", "tqdm"}

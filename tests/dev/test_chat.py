@@ -131,6 +131,15 @@ def test_what_the_template_writes_behind_an_answer_is_trained(tmp_path, capsys):
     assert load_tokenizer(tmp_path, "Q: {prompt} A:").eos == 0, "a text has no word on it"
 
 
+def test_a_line_break_may_be_typed(tmp_path):
+    byte_level(tmp_path)
+    typed, meant = (
+        load_tokenizer(tmp_path, text) for text in (r"Q:\n{prompt}\n", "Q:\n{prompt}\n")
+    )
+    assert typed.prompts(["a\nb"]) == meant.prompts(["a\nb"])
+    assert typed.prompts([r"a\nb"]) != meant.prompts(["a\nb"]), "users write what they mean"
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("text", ["{prompt}\n", "USER: {prompt} ASSISTANT:", "chatml"])
 def test_an_exported_folder_carries_the_template_that_was_trained(kind, text, tmp_path):
