@@ -83,6 +83,6 @@ def test_greedy_samples_equal_llamas():
             max_new_tokens=15,
             do_sample=False,
         )
-        assert generate(net, [prompt], 15, EOS, temperature=0) == [
+        assert generate(net, [prompt], 15, [EOS], temperature=0) == [
             theirs[0, len(prompt) :].tolist()
         ]
