@@ -76,8 +76,10 @@ def finish(*args, **kwargs):
 
 
 def told(out):
-    """The last line that a run in out printed to stderr, behind its progress bars."""
-    return open(f"{out}.log", encoding="utf-8").read().replace("\r", "\n").strip().splitlines()[-1]
+    """The last line that a run in out printed to stderr, behind its progress bars; "" if none,
+    as where a run was finished before it was resumed."""
+    log = open(f"{out}.log", encoding="utf-8").read().replace("\r", "\n")
+    return log.strip().rpartition("\n")[2]
 
 
 def content(out, seed="0"):
