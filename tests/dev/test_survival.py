@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from errno import ENOSPC
+from pathlib import Path
 
 from lib import checkpoint, flags
 
@@ -78,7 +79,7 @@ def finish(*args, **kwargs):
 def told(out):
     """The last line that a run in out printed to stderr, behind its progress bars; "" if none,
     as where a run was finished before it was resumed."""
-    log = open(f"{out}.log", encoding="utf-8").read().replace("\r", "\n")
+    log = Path(f"{out}.log").read_text(encoding="utf-8").replace("\r", "\n")
     return log.strip().rpartition("\n")[2]
 
 
