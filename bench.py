@@ -9,7 +9,7 @@ TRL gets its best settings: the reference's log-probabilities are computed ahead
 are kept unless --checkpointing. It is measured twice: a whole step at once, as it does by default,
 and pair by pair with the gradient accumulated, which pads less. What lib/device.py:tune_cpu sets
 for our process is not set for TRL's (docs/speed.md says what it would gain); how threads wait
-(lib/__init__.py) is the same in both, and without effect on a quiet machine.
+(lib/__init__.py) is the same in both.
 
 Every measurement is a process of its own. "of matmul" is the share of the device's own rate of
 matrix products, measured between the steps. The work that is counted is what the algorithm needs:

@@ -22,7 +22,6 @@ TEMPLATES = {  # for --prompt_template, by name; a BOS is left to the tokenizer,
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
-ROLES = ("system", "user", "assistant")
 SPACE = "\u2003\u2002\u2003"  # beside a mark: where it is gone, the template strips the message
 MARK = re.compile(f"({SPACE})?\ue000(\\d+)\ue001({SPACE})?")
 
@@ -32,24 +31,12 @@ def mark(i):
 
 
 class Message(NamedTuple):
-    role: str  # one of ROLES
+    role: str  # system, user or assistant
     content: str
 
 
 def messages_of(prompt):
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt
-
-
-def plain_prompt(prompt):
-    """A prompt as JSON holds it: a text, or a list of {"role", "content"}."""
-    return prompt if isinstance(prompt, str) else [m._asdict() for m in prompt]
-
-
-def prompt_text(prompt):
-    """A prompt for people to read."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"[{m.role}] {m.content}" for m in prompt)
 
 
 def jinja_of_text(text, eos):

@@ -211,9 +211,11 @@ def first_look(folder, config, result):
         rows = [json.loads(line) for line in itertools.islice(f, 4)]
     optimum = {"optimum": result["optimum"]} if result["optimum"] else {}
     models = {**{name: result[name] for name in MODELS}, **optimum}
-    parts = [align(figures_table(models, SHORT)), what_happened(result)]
+    parts = [align(figures_table(models, SHORT))]
     if config.verbose:
-        parts[1:] = [table({str(folder): result}, verbose=True), sentences(result)]
+        parts += [table({str(folder): result}, verbose=True), sentences(result)]
+    else:
+        parts.append(what_happened(result))
     for row in rows[:3]:
         answers = {name: f"{row[name].strip()}{verdict(row, name)}" for name in MODELS}
         parts.append(side_by_side(row["prompt"], answers))
