@@ -27,6 +27,13 @@ from safedpo import Pair, helpful
 from village import world
 
 AT_ONCE = 1000  # pairs that are tokenized together
+TRUNCATED = "answers truncated"
+TOO_LONG = "left out: prompt too long"
+ALIKE = "left out: answers alike"
+TEMPLATED = (
+    "spell special tokens or a template's marks, which are read as plain text; "
+    "a prompt that is in a template already belongs into messages"
+)
 
 
 def load(name):
@@ -43,23 +50,47 @@ def load(name):
 
 
 def training_pairs(splits, tokenizer, config):
-    """TokenPairs of the training split under --pairs. Prints T's counts, and what was cut.
+    """TokenPairs of the training split under --pairs.
 
-    ValueError if no pair is left, in the training or in the test split.
+    Prints what became of the pairs of both splits. ValueError if no training pair is left, or no
+    test prompt to sample an answer for.
     """
     noisy = records.flip_flags(splits["train"], config.label_noise, config.seed)
-    counts = Counter()
-    pairs = records.choose_pairs(noisy, config.pairs, counts)
-    pairs, cuts = encode(pairs, tokenizer, config.max_length, "tokenizing")
-    held_out_pairs(splits["test"], tokenizer, config.max_length)  # now, not after training
+    pairs, about = counted_pairs(noisy, config.pairs, tokenizer, config.max_length, "train")
+    if not len(pairs):
+        raise ValueError(
+            f"no pair is left to train on; {'; '.join(about)}; expected rows with a safe answer "
+            "for T, and answers that differ within --max_length"
+        )
+    if not prompts(splits["test"], tokenizer, config.max_length, 1):
+        raise ValueError(
+            f"{splits['test'].place}: every prompt fills --max_length {config.max_length} alone; "
+            "raise it"
+        )
     first = pairs[0].x
     text = tokenizer.bpe.decode(first, skip_special_tokens=False)
     print(f"a prompt as the model reads it, {len(first)} tokens: {text!r}")
-    print(f"pairs ({config.pairs}): " + ", ".join(f"{n} {what}" for what, n in counts.items()))
-    if any(cuts.values()):
-        what = ", ".join(f"{n} {what}" for what, n in cuts.items())
-        print(f"--max_length {config.max_length}: {what}")
+    _, of_test = counted_pairs(splits["test"], "safedpo", tokenizer, config.max_length, "test")
+    print("\n".join(about + of_test))
     return pairs
+
+
+def counted_pairs(split, choice, tokenizer, max_length, name):
+    """(TokenPairs of a split under a pair choice, lines that say what became of all its pairs)."""
+    chosen = Counter()
+    pairs = records.choose_pairs(split, choice, chosen)
+    pairs, cuts = encode(pairs, tokenizer, max_length, f"tokenizing {name}")
+    templated = cuts.pop(TEMPLATED)
+    about = [f"{name} pairs ({choice}): " + listed(chosen)]
+    if any(cuts.values()):
+        about.append(f"{name} pairs at --max_length {max_length}: {listed(cuts)}")
+    if templated:
+        about.append(f"{templated} {name} pairs {TEMPLATED}")
+    return pairs, about
+
+
+def listed(counts):
+    return ", ".join(f"{n} {what}" for what, n in counts.items())
 
 
 def sft_pairs(split, tokenizer, config):
@@ -68,7 +99,7 @@ def sft_pairs(split, tokenizer, config):
 
 
 def held_out_pairs(split, tokenizer, max_length):
-    """TokenPairs of a split as T orders them."""
+    """TokenPairs of a split as T orders them: none, where it drops all."""
     pairs = records.choose_pairs(split, "safedpo", Counter())
     return encode(pairs, tokenizer, max_length, "tokenizing test")[0]
 
@@ -90,15 +121,12 @@ def encode(pairs, tokenizer, max_length, title=None):
     """(TokenPairs, counts) of pairs of text; each answer ends in one EOS.
 
     One rule for what is too long: prompt and answer together keep their first max_length tokens, so
-    that a cut answer has no EOS ("truncated"). A pair whose prompt alone leaves no room is left out
-    ("prompt too long").
+    that a cut answer has no EOS ("answers truncated"). A pair whose prompt alone leaves no room is
+    left out ("left out: prompt too long"), and so is one whose two answers are then the same tokens
+    ("left out: answers alike").
     """
-    counts = Counter({"truncated": 0, "prompt too long": 0})
+    counts = Counter(dict.fromkeys((TRUNCATED, TOO_LONG, ALIKE, TEMPLATED), 0))
     encoded = TokenPairs(_encode(progress(pairs, title), tokenizer, max_length, counts))
-    if not len(encoded):
-        raise ValueError(
-            f"no pair is left: every prompt fills --max_length {max_length} alone; raise it"
-        )
     return encoded, counts
 
 
@@ -118,10 +146,15 @@ def _encode(pairs, tokenizer, max_length, counts):
                 )
             space = max_length - len(x)
             if space < 1:
-                counts["prompt too long"] += 1
+                counts[TOO_LONG] += 1
                 continue
-            counts["truncated"] += (len(y_w) > space) + (len(y_l) > space)
-            yield Pair(x, y_w[:space], y_l[:space], pair.h_w, pair.h_l)
+            counts[TRUNCATED] += (len(y_w) > space) + (len(y_l) > space)
+            y_w, y_l = y_w[:space], y_l[:space]
+            if y_w == y_l:
+                counts[ALIKE] += 1
+                continue
+            counts[TEMPLATED] += tokenizer.spells_special(pair)
+            yield Pair(x, y_w, y_l, pair.h_w, pair.h_l)
 
 
 class TokenPairs:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lib import checkpoint, judges, pretrained, records, report, runs
+from lib.chat import as_json
 from lib.device import pick_device, pick_dtype
 from lib.flags import parse, run
 from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
@@ -58,7 +59,7 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
     preferences = held_out_preferences(models, held_out, config["beta"], device, dtype)
     prompts = data.prompts(splits[split], tokenizer, config["max_length"], settings.eval_prompts)
     texts, questions = list(prompts), list(prompts.values())
-    rows = [{"prompt": text} for text in texts]
+    rows = [{"prompt": as_json(prompt)} for prompt in texts]
     for name, model in models.items():
         title = f"{name} answers"
         answers = sample_answers(model, questions, tokenizer.ends, settings, device, dtype, title)
@@ -111,6 +112,8 @@ def earlier_result(folder, description):
 
 def held_out_preferences(models, pairs, beta, device, dtype):
     """preference_metrics of each of {"reference", "policy": model} on pairs of token ids."""
+    if not len(pairs):
+        return {name: {} for name in models}
     h_w, h_l = torch.tensor([(p.h_w, p.h_l) for p in pairs]).T
     examples = data.Examples(pairs)
     logps = {name: log_probs(model, examples, device, dtype).T for name, model in models.items()}

@@ -22,6 +22,17 @@ TEMPLATES = {  # for --prompt_template, by name; a BOS is left to the tokenizer,
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
+MARKS = (  # by which a text that is in a template already is known, beside its special tokens
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<|user|>",
+    "<start_of_turn>",
+    "[INST]",
+    "### Instruction:",
+    "BEGINNING OF CONVERSATION:",
+    "\n\nHuman:",
+    "\n\nAssistant:",
+)
 SPACE = "\u2003\u2002\u2003"  # beside a mark: where it is gone, the template strips the message
 MARK = re.compile(f"({SPACE})?\ue000(\\d+)\ue001({SPACE})?")
 
@@ -37,6 +48,11 @@ class Message(NamedTuple):
 
 def messages_of(prompt):
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def as_json(prompt):
+    """A prompt as rows of data have it: a text, or a list of {"role", "content"}."""
+    return prompt if isinstance(prompt, str) else [message._asdict() for message in prompt]
 
 
 def jinja_of_text(text, eos):

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 LARGEST = 2**26  # bytes of a JSON file, or of one line
 DEEPEST = 100  # lists and objects within each other
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,33 +160,7 @@ def read_json(path, needed=None):
     return value
 
 
-def parse_json(raw, place):
-    """The JSON object in raw, bytes, as a dict. ValueError names place, value and remedy."""
-    if len(raw) > LARGEST:
-        raise ValueError(f"{place}: more than {LARGEST >> 20} MiB of JSON at once; expected less")
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
-    except json.JSONDecodeError as e:
-        raise ValueError(
-            f"{place}: not valid JSON ({e.msg} at line {e.lineno} column {e.colno}); "
-            "expected one object"
-        )
-    except (ValueError, RecursionError) as e:  # a field twice, a number of thousands of digits, …
-        raise ValueError(
-            f"{place}: JSON that cannot be read ({e}); "
-            "expected an object with each field once, not nested deeply"
-        )
-    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_too_deep(value):
-        raise ValueError(f"{place}: JSON nested more than {DEEPEST} deep; expected less")
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: holds {show(value)}; expected a JSON object")
-    return value
-
-
-def _unique(fields):
+def unique(fields):
     """A JSON object's fields as a dict. json alone would silently use the last of two labels."""
     value = dict(fields)
     if len(value) < len(fields):
@@ -198,6 +173,44 @@ def _no_number(name):
     raise ValueError(f"{name} is no number")
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_no_number)
+
+
+def parse_json(raw, place, decoder=DECODER):
+    """The JSON object in raw, bytes, as a dict. ValueError names place, value and remedy."""
+    if len(raw) > LARGEST:
+        raise ValueError(f"{place}: more than {LARGEST >> 20} MiB of JSON at once; expected less")
+    try:
+        value = decoder.decode(raw.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{place}: byte {e.start + 1} is not UTF-8; expected text in UTF-8")
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"{place}: not valid JSON ({e.msg} at line {e.lineno} column {e.colno}); "
+            "expected one object"
+        )
+    except (ValueError, RecursionError) as e:
+        raise unreadable(e, place)
+    return checked_object(value, place)
+
+
+def unreadable(e, place):
+    """The error of JSON that is valid and no good: a field twice, a number of a thousand digits."""
+    return ValueError(
+        f"{place}: JSON that cannot be read ({e}); "
+        "expected an object with each field once, not nested deeply"
+    )
+
+
+def checked_object(value, place):
+    """The value, if it is a dict that is not nested deeply."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: holds {show(value)}; expected a JSON object")
+    if _is_too_deep(value):
+        raise ValueError(f"{place}: JSON nested more than {DEEPEST} deep; expected less")
+    return value
+
+
 def _is_too_deep(value):
     level = [value]
     for _ in range(DEEPEST):
@@ -207,8 +220,19 @@ def _is_too_deep(value):
                 children += parent.values()
             elif isinstance(parent, list):
                 children += parent
+        if not children:
+            return False
         level = children
-    return bool(level)
+    return True
+
+
+def refuse_pointer(path):
+    """ValueError if Git has left a pointer in the place of a large file."""
+    with open(path, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path}: is a pointer of Git LFS and not the file; `git lfs pull` brings the file"
+            )
 
 
 def show(value):

@@ -1,13 +1,17 @@
-"""One row of a data set to a Record: three formats, known by their fields, checked field by field.
+"""One row of a data set to a Record or an Answer: formats known by their fields, checked by field.
 
-PKU-SafeRLHF's rows (the village's too), TRL's preference pairs with safety labels, and
-BeaverTails' single answers.
+PKU-SafeRLHF's rows (the village's too), preference pairs as TRL, hh-rlhf and ShareGPT have them,
+and single answers, such as BeaverTails'. Each with labels of safety.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
+from lib.chat import Message
 from lib.checkpoint import show
 
 
@@ -15,10 +19,11 @@ from lib.checkpoint import show
 class Record:
     """Two answers to a prompt and their labels, under PKU-SafeRLHF's names.
 
-    The values have exactly these types: all other code relies on that.
+    The values have exactly these types: all other code relies on that. A prompt is a text that a
+    user says, or Messages that end with a user's (lib/chat.py).
     """
 
-    prompt: str
+    prompt: str | tuple
     response_0: str
     response_1: str
     is_response_0_safe: bool
@@ -27,31 +32,47 @@ class Record:
     safer_response_id: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a prompt, and its label."""
+
+    prompt: str | tuple
+    response: str
+    is_safe: bool
+
+
+LABELS = {  # kind of row → {its label: the answer that it is about}
+    Record: {"is_response_0_safe": "response_0", "is_response_1_safe": "response_1"},
+    Answer: {"is_safe": "response"},
+}
+
+
 # --------------------------------------------------------------------------------------------------
 # Values
 
-
-def is_text(value):
-    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
-
-
-def is_flag(value):
-    return isinstance(value, bool)
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+NUMBERS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}  # CSV has texts, and pandas makes 1.0 of 1
+INVALID = object()
 
 
-def is_zero_or_one(value):
-    return type(value) is int and value in (0, 1)  # JSON's true is no 1 here
+def text(value):
+    is_text = isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
+    return value if is_text else INVALID
 
 
-def is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e30
+def number(value):
+    is_number = type(value) in (int, float) and abs(value) < 1e30
+    return value if is_number else INVALID
 
 
-VALID = {  # field's type → (what a valid value is, in words and as a test)
-    str: ("a string of valid Unicode", is_text),
-    bool: ("true or false", is_flag),
-    int: ("0 or 1", is_zero_or_one),
-    float: ("a finite number", is_number),
+def zero_or_one(value):
+    return INVALID if isinstance(value, bool) else NUMBERS.get(str(value), INVALID)
+
+
+VALID = {  # field's type → (what a valid value is, in words; the value as we use it, or INVALID)
+    str: ("a string of valid Unicode", text),
+    int: ("0 or 1", zero_or_one),
+    float: ("a finite number", number),
 }
 
 
@@ -60,89 +81,198 @@ def checked_values(row, types, place):
 
     ValueError names place, value and remedy where one is missing or not valid.
     """
+    values = []
     for name, kind in types.items():
-        expected, is_valid = VALID[kind]
+        expected, valid = VALID[kind]
         if name not in row:
             raise ValueError(f"{place}: {name} is missing; expected {expected}")
-        if not is_valid(row[name]):
+        if (value := valid(row[name])) is INVALID:
             raise ValueError(f"{place}: {name} is {show(row[name])}; expected {expected}")
-    if "prompt" in types and not row["prompt"].strip():
-        raise ValueError(f"{place}: prompt is empty; expected text")
-    return [row[name] for name in types]
+        values.append(value)
+    return values
+
+
+def is_safe(row, name, place):
+    """Whether an answer is safe, by its label. A label whose name ends in "unsafe" says when not.
+
+    ValueError where there is none: a missing label never means "safe".
+    """
+    label = str(row.get(name)).strip().lower()
+    if label in ("safe", "unsafe"):
+        return label == "safe"
+    if label not in FLAGS:
+        what = f"is {show(row[name])}" if name in row else "is missing"
+        raise ValueError(
+            f'{place}: {name} {what}; expected true or false, 1 or 0, "safe" or "unsafe"'
+        )
+    return FLAGS[label] != name.endswith("unsafe")
 
 
 # --------------------------------------------------------------------------------------------------
-# Formats: each takes [(row, place), …] and gives Records; notes counts what a user should know
+# Conversations
+
+ROLES = {  # as they are called in data → as chat templates call them
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+TURN = re.compile(r"\n\n(Human|Assistant):")  # of hh-rlhf's texts
 
 
-def pku_saferlhf(rows, notes):
-    """One Record a row. Other fields, as the release of 2024 has them, are ignored."""
-    for row, place in rows:
-        yield Record(*checked_values(row, Record.__annotations__, place))
+def messages(value, name, place):
+    """The Messages of a conversation, or None where value is a text that is none.
 
-
-ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-
-
-def preference_pairs(rows, notes):
-    """One Record a row of TRL's: the chosen answer is the better one.
-
-    Texts are strings, or lists of one message. Labels are chosen_unsafe and rejected_unsafe, or
-    chosen_safe and rejected_safe.
+    A list of {"role", "content"} or of ShareGPT's {"from", "value"}, one of these alone, or
+    hh-rlhf's text. ValueError if it is something else.
     """
-    for row, place in rows:
-        has_unsafe = "chosen_unsafe" in row or "rejected_unsafe" in row
-        has_safe = "chosen_safe" in row or "rejected_safe" in row
-        if has_unsafe and has_safe:
+    if isinstance(value, str):
+        return turns_of_text(value) if TURN.match(value) and text(value) is not INVALID else None
+    turns = [value] if isinstance(value, dict) else value
+    if not turns or not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
+        raise ValueError(
+            f"{place}: {name} is {show(value)}; expected a string or a list of messages"
+        )
+    found = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(
-                f"{place}: both kinds of labels; expected chosen_unsafe and rejected_unsafe, "
-                "or chosen_safe and rejected_safe"
+                f"{place}: {name} has a message whose role is {show(role)}; "
+                f"expected one of {', '.join(ROLES)}"
             )
-        texts = {name: message_text(row, name, place) for name in ROLES if name in row}
-        label = "unsafe" if has_unsafe else "safe"
-        types = {**dict.fromkeys(ROLES, str), f"chosen_{label}": bool, f"rejected_{label}": bool}
-        prompt, chosen, rejected, *flags = checked_values({**row, **texts}, types, place)
-        chosen_safe, rejected_safe = (flag != has_unsafe for flag in flags)
-        safer = int(rejected_safe and not chosen_safe)
-        yield Record(prompt, chosen, rejected, chosen_safe, rejected_safe, 0, safer)
+        if text(content) is INVALID:
+            raise ValueError(
+                f"{place}: {name} has a message whose content is {show(content)}; expected a string"
+            )
+        found.append(Message(ROLES[role], content))
+    return tuple(found)
 
 
-def message_text(row, name, place):
-    """The field's text, if it is a list of one message that of the message. Not checked yet."""
-    value, role = row[name], ROLES[name]
-    if not isinstance(value, list):
-        return value
-    if len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == role:
-        return value[0].get("content")
-    raise ValueError(
-        f"{place}: {name} is {show(value)}; "
-        f"expected a string or a list of one message whose role is {role}"
+def turns_of_text(value):
+    """The Messages of a text as hh-rlhf has it. Two turns of one side are one message."""
+    _, *parts = TURN.split(value)
+    turns = zip(parts[::2], (part.removeprefix(" ") for part in parts[1::2]))
+    return tuple(
+        Message(ROLES[role.lower()], "\n\n".join(content for _, content in group))
+        for role, group in groupby(turns, key=itemgetter(0))
     )
 
 
-def beavertails(rows, notes):
-    """Records of a safe and an unsafe single answer to the same prompt, in the order they come.
+def prompt_in(row, name, place):
+    """The prompt in the row's field of that name. ValueError if it is none."""
+    if name not in row:
+        raise ValueError(f"{place}: {name} is missing; expected a string or a list of messages")
+    turns = messages(row[name], name, place)
+    if turns is None:
+        (content,) = checked_values(row, {name: str}, place)
+        turns = (Message("user", content),)
+    if turns[-1].role == "assistant" and not turns[-1].content.strip():  # hh-rlhf's end of a prompt
+        turns = turns[:-1]
+    return prompt_of(turns, row, name, place)
 
-    People did not compare these two answers, so that the safe one counts as the better one too.
+
+def prompt_of(turns, row, name, place):
+    """Messages as a Record's prompt: a text, where it is one that a user says."""
+    if not turns or turns[-1].role != "user":
+        role = turns[-1].role if turns else "nobody"
+        raise ValueError(
+            f"{place}: the prompt in {name} ends with what {role} says; expected a user"
+        )
+    if not turns[-1].content.strip():
+        raise ValueError(f"{place}: {name} is empty; expected text")
+    system = row.get("system")
+    if isinstance(system, str) and system and turns[0].role != "system":
+        turns = (Message("system", system), *turns)
+    return turns[0].content if len(turns) == 1 else turns
+
+
+def answer_in(row, name, place):
+    """(the Messages before it, an answer) in the row's field: a text, or a conversation's end."""
+    if name not in row:
+        raise ValueError(f"{place}: {name} is missing; expected a string or a list of messages")
+    turns = messages(row[name], name, place)
+    if turns is None:
+        return (), *checked_values(row, {name: str}, place)
+    if turns[-1].role != "assistant":
+        raise ValueError(
+            f"{place}: {name} ends with what {turns[-1].role} says; expected an assistant's answer"
+        )
+    return turns[:-1], turns[-1].content
+
+
+# --------------------------------------------------------------------------------------------------
+# Formats: (row, place, notes) → a Record, an Answer, or None. notes counts what is left out
+
+PKU_TYPES = {
+    "response_0": str,
+    "response_1": str,
+    "better_response_id": int,
+    "safer_response_id": int,
+}
+PROMPTS = ("prompt", "conversations")  # fields that may hold a prompt
+CONVERSATIONS = ("messages", "conversations")  # fields that may hold a prompt and an answer
+SINGLE = ("response", "completion", *CONVERSATIONS)  # fields that may hold a single answer
+DIFFERENT = "rows are left out: their two answers follow different prompts"
+
+
+def pku_saferlhf(row, place, notes):
+    """Other fields, as the release of 2024 has them, are ignored."""
+    x = prompt_in(row, "prompt", place)
+    y_0, y_1, better, safer = checked_values(row, PKU_TYPES, place)
+    safe = (is_safe(row, f"is_response_{i}_safe", place) for i in (0, 1))
+    return Record(x, y_0, y_1, *safe, better, safer)
+
+
+def preference_pair(row, place, notes):
+    """The chosen answer is the better one.
+
+    The prompt stands in a field of its own, or at the beginning of both answers. Labels are
+    chosen_unsafe and rejected_unsafe, or chosen_safe and rejected_safe.
     """
-    types = {"prompt": str, "response": str, "is_safe": bool}
-    unpaired = {}  # (prompt, is_safe) → answers
-    for row, place in rows:
-        prompt, answer, safe = checked_values(row, types, place)
-        others = unpaired.get((prompt, not safe))
-        if not others:
-            unpaired.setdefault((prompt, safe), []).append(answer)
-            continue
-        notes["pairs are made of single answers; the safe one counts as the better one"] += 1
-        yield Record(prompt, others.pop(0), answer, not safe, safe, int(safe), int(safe))
-        if not others:
-            del unpaired[prompt, not safe]
-    count = sum(map(len, unpaired.values()))
-    notes["single answers stay unpaired: no answer of the other kind to the same prompt"] += count
+    spellings = [s for s in ("unsafe", "safe") if f"chosen_{s}" in row or f"rejected_{s}" in row]
+    if len(spellings) > 1:
+        raise ValueError(
+            f"{place}: both kinds of labels; expected chosen_unsafe and rejected_unsafe, "
+            "or chosen_safe and rejected_safe"
+        )
+    before, answers = zip(*(answer_in(row, name, place) for name in ("chosen", "rejected")))
+    name = next((name for name in PROMPTS if row.get(name)), None)
+    if name:
+        x = prompt_in(row, name, place)
+    elif before[0] != before[1]:
+        notes[DIFFERENT] += 1
+        return None
+    elif not before[0]:
+        raise ValueError(
+            f"{place}: prompt is missing; expected it in a field of its own, "
+            "or chosen and rejected as conversations that begin with it"
+        )
+    else:
+        x = prompt_of(before[0], row, "chosen", place)
+    for turns in filter(None, before):
+        if prompt_of(turns, row, "chosen", place) != x:
+            raise ValueError(f"{place}: the answers follow another prompt than the one in {name}")
+    labels = (f"{side}_{spellings[0]}" for side in ("chosen", "rejected"))
+    chosen_safe, rejected_safe = (is_safe(row, label, place) for label in labels)
+    safer = int(rejected_safe and not chosen_safe)
+    return Record(x, *answers, chosen_safe, rejected_safe, 0, safer)
+
+
+def single_answer(row, place, notes):
+    """An answer beside its prompt, or at the end of a conversation."""
+    name = next(name for name in SINGLE if name in row)
+    turns, answer = answer_in(row, name, place)
+    if name in CONVERSATIONS:
+        x = prompt_of(turns, row, name, place)
+    else:
+        x = prompt_in(row, next((n for n in PROMPTS if row.get(n)), "prompt"), place)
+    return Answer(x, answer, is_safe(row, "is_safe", place))
 
 
 class Format(NamedTuple):
-    read: Callable  # (rows, notes) → Records
+    read: Callable
     fields: tuple  # one of them in a row tells that it has this format
     labels: tuple  # one of them must be there; "safe" may stand for "unsafe"
 
@@ -152,9 +282,9 @@ FORMATS = {
         pku_saferlhf, ("response_0", "response_1"), ("is_response_0_safe", "is_response_1_safe")
     ),
     "preference pairs": Format(
-        preference_pairs, ("chosen", "rejected"), ("chosen_unsafe", "rejected_unsafe")
+        preference_pair, ("chosen", "rejected"), ("chosen_unsafe", "rejected_unsafe")
     ),
-    "BeaverTails": Format(beavertails, ("response",), ("is_safe",)),
+    "single answers": Format(single_answer, SINGLE, ("is_safe",)),
 }
 
 
@@ -163,14 +293,27 @@ def recognise(row, place):
     for name, (_, fields, labels) in FORMATS.items():
         if not any(field in row for field in fields):
             continue
-        spellings = [*labels, *(label.replace("unsafe", "safe") for label in labels)]
-        if not any(label in row for label in spellings):
+        if not any(label in row for label in spellings_of(labels)):
             raise ValueError(
                 f"{place}: {name} without safety labels; "
                 f"each row needs {' and '.join(labels)}, true or false"
             )
         return name
-    expected = "; ".join(" and ".join(sorted(fields)) for _, fields, _ in FORMATS.values())
+    expected = "; ".join(" and ".join(fields) for _, fields, _ in list(FORMATS.values())[:2])
     raise ValueError(
-        f"{place}: the fields are {show(sorted(row))}; expected prompt, and {expected}"
+        f"{place}: the fields are {show(sorted(row))}; "
+        f"expected prompt, and {expected}; or {' or '.join(SINGLE)}"
     )
+
+
+def spellings_of(labels):
+    return [*labels, *(label.replace("unsafe", "safe") for label in labels)]
+
+
+def needed(names):
+    """Those of a file's columns that a format reads; all of them where none tells the format."""
+    known = {"system", *PROMPTS, *PKU_TYPES}
+    for _, fields, labels in FORMATS.values():
+        known.update(fields, spellings_of(labels))
+    chosen = [name for name in names if name in known]
+    return chosen if any(name in f.fields for f in FORMATS.values() for name in names) else names

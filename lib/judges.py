@@ -4,11 +4,12 @@ import itertools
 import json
 from pathlib import Path
 
-from lib import checkpoint, records, runs, score_model
+from lib import checkpoint, hub, runs, score_model
 from lib.device import pick_device, pick_dtype
-from lib.formats import checked_values
+from lib.formats import checked_values, prompt_in
 from lib.metrics import judged
 from lib.policy import log_probs
+from lib.rows import read_rows
 from lib.settings import JUDGES, MODELS
 
 SCORES = tuple(f"{name}_{score}" for name in MODELS for score in ("reward", "cost"))
@@ -17,7 +18,7 @@ SCORES = tuple(f"{name}_{score}" for name in MODELS for score in ("reward", "cos
 def check(config):
     """An error before the work, not after it, where a judge's folder holds no model."""
     for folder in filter(None, (config.reward_model, config.cost_model)):
-        checkpoint.read_json(Path(folder) / "config.json")
+        checkpoint.read_json(hub.model_path(folder) / "config.json")
 
 
 def judge(results, config):
@@ -43,8 +44,9 @@ def read_samples(folder, result):
     """The rows of the samples.jsonl that belongs to a result: a prompt and each model's answer."""
     _, path = runs.result_files(folder, result["settings"])
     rows = []
-    for row, place in records.read_rows(path):
-        checked_values(row, dict.fromkeys(("prompt", *MODELS), str), place)
+    for row, place in read_rows(path):
+        prompt_in(row, "prompt", place)
+        checked_values(row, dict.fromkeys(MODELS, str), place)
         rows.append(row)
     return rows
 
@@ -52,7 +54,8 @@ def read_samples(folder, result):
 def add_scores_of_model(folder, score, rows, config):
     """Add "reference_reward" and "policy_reward", or …_cost, to rows."""
     device = pick_device(config.device)
-    answers = [(row["prompt"], row[name]) for row in rows for name in MODELS]
+    prompts = [prompt_in(row, "prompt", "samples") for row in rows]
+    answers = [(x, row[name]) for x, row in zip(prompts, rows) for name in MODELS]
     model, examples = score_model.load_judge(folder, config.judge_template, answers, device)
     dtype = pick_dtype(config.dtype, device)
     scores = log_probs(model, examples, device, dtype, title=f"{score}s")
@@ -65,7 +68,7 @@ def add_scores_of_model(folder, score, rows, config):
 def add_scores_from_file(path, rows):
     """Add to rows the scores that their copies in the file have."""
     scored = {}
-    for row, place in records.read_rows(path):
+    for row, place in read_rows(path):
         first, its_place = scored.setdefault(texts(row), (row, place))
         if first != row:
             raise ValueError(f"{place}: other scores for the same answers than {its_place}")

@@ -4,7 +4,7 @@ makes of answers (log-probabilities), and its own answers (samples)."""
 from dataclasses import asdict
 from pathlib import Path
 
-from lib import checkpoint, parallel, pretrained
+from lib import checkpoint, hub, parallel, pretrained
 from lib.device import autocast
 from lib.sampling import generate
 from lib.settings import SIZE_FLAGS
@@ -81,9 +81,12 @@ def starting_model(config, records, reference, device):
 
 def initial_model(config, device):
     """(model, tokenizer) of --init_from."""
-    source, template = Path(config.init_from), config.prompt_template
+    source, template = hub.model_path(config.init_from), config.prompt_template
     if not source.exists():
-        raise ValueError(f"--init_from {source}: no such file or folder")
+        raise ValueError(
+            f"--init_from {source}: no such file or folder; it takes these, or OWNER/NAME on the "
+            "Hugging Face hub"
+        )
     is_ours = (source / "policy.pt").exists() or source.is_file()
     if not is_ours and not (source / "config.json").exists():
         raise ValueError(

@@ -1,34 +1,33 @@
-"""From files of JSON lines to records, and from records to pairs, ordered by T or by a baseline.
+"""From files of rows to records, and from records to pairs, ordered by T or by a baseline.
 
-Records stream from the files anew in each pass. formats.py knows the formats of rows, and checks
-them.
+Records stream from the files anew in each pass. rows.py reads files, formats.py checks rows.
 """
 
-import functools
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
-import zlib
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
-from lib.checkpoint import LARGEST, parse_json
-from lib.formats import FORMATS, pku_saferlhf, recognise
+from lib import hub
+from lib.formats import FORMATS, LABELS, Record, needed, pku_saferlhf, recognise
 from lib.parallel import progress
+from lib.rows import find_files, read_rows
 
 import numpy as np
 
 import safedpo
 
-OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
-SAME_ANSWERS = "rows have two answers that are the same"
+SAME_ANSWERS = "rows are left out: their two answers are the same"
 CONTRADICTION = (
     "rows call an unsafe answer the safer one beside a safe answer; "
     "only --pairs harmless reads that"
 )
+MAJORITY = "answers are called safe and unsafe in different rows; the majority counts"
+TIE = "answers are called safe as often as unsafe; their rows are left out"
+REPEATED = "rows repeat a single answer"
+PAIRED = "pairs are made of single answers; the safe one counts as the better one"
+UNPAIRED = "single answers stay unpaired: no answer of the other kind to the same prompt"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -36,131 +35,166 @@ CONTRADICTION = (
 
 
 class Records:
-    """A split. Each pass over it reads its records anew, so that a million of them need no memory.
+    """A split. Each pass over it reads its rows anew, so that a million of them need no memory.
 
-    place: where they come from, for errors. read(notes) gives the records, and counts in notes,
-    a Counter, what a user should know. notes: what the last whole pass counted.
+    place: where they come from, for errors. read(notes) gives Records, and Answers that are paired
+    here, and counts in notes, a Counter, what a user should know. notes: what the last whole pass
+    counted.
+
+    Where rows call the same answer to a prompt safe and unsafe, the majority counts.
     """
 
     def __init__(self, place, read):
         self.place, self.read, self.notes = place, read, Counter()
+        self.settled = None  # hash of prompt and answer → its majority's verdict, or None
 
     def __iter__(self):
-        notes = Counter()
-        for r in self.read(notes):
+        if self.settled is None:
+            self.settled = settle_verdicts(self.read(Counter()))
+        notes = Counter({MAJORITY: 0, TIE: 0})
+        for verdict in self.settled.values():
+            notes[TIE if verdict is None else MAJORITY] += 1
+        for r in paired(self._agreed(notes), notes):
+            if r.response_0 == r.response_1:
+                notes[SAME_ANSWERS] += 1
+                continue
             safe = r.is_response_0_safe, r.is_response_1_safe
-            contradicts = safe[0] != safe[1] and not safe[r.safer_response_id]
-            notes[SAME_ANSWERS] += r.response_0 == r.response_1
-            notes[CONTRADICTION] += contradicts
+            notes[CONTRADICTION] += safe[0] != safe[1] and not safe[r.safer_response_id]
             yield r
         self.notes = notes
 
+    def _agreed(self, notes):
+        """The rows with verdicts that agree with each other."""
+        for row in self.read(notes):
+            if self.settled:
+                verdicts = {
+                    label: self.settled.get(key, getattr(row, label))
+                    for label, key in keys_of(row).items()
+                }
+                if None in verdicts.values():
+                    continue
+                row = replace(row, **verdicts)
+            yield row
 
-def load(data):
-    """{"train": Records, "test": Records} of a file, or of a folder with train and test files.
 
-    A file alone is split by prompt: one prompt in ten, by hash, is held out. A folder's files may
-    lie at any depth. ValueError says what is missing.
-    """
-    path = Path(data)
-    if path.is_dir():
-        files = {split: split_files(path, split) for split in ("train", "test")}
-        return {
-            split: records_of_files(paths, ", ".join(map(str, paths)))
-            for split, paths in files.items()
-        }
-    if not path.exists():
-        raise ValueError(
-            f"{path}: no such file or folder; --data takes toy, a .jsonl file, or a folder of them"
-        )
+def keys_of(row):
+    """{label of a Record or an Answer: hash of the prompt and the answer that it is about}."""
     return {
-        "train": records_of_files(
-            [path], f"{path}, its train split by a hash of prompts", lambda row: not held_out(row)
-        ),
-        "test": records_of_files([path], f"{path}, its test split by a hash of prompts", held_out),
+        label: hash((row.prompt, getattr(row, answer)))
+        for label, answer in LABELS[type(row)].items()
     }
 
 
-def split_files(folder, split):
-    """The folder's files whose names begin with split, in order; not those in hidden folders."""
-    files = []
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        fits = file.name.startswith(split) and file.suffix in OPENERS
-        if fits and not hidden and file.is_file():
-            files.append(file)
-    if not files:
+def settle_verdicts(rows):
+    """{hash of prompt and answer: the majority's verdict, None at a tie} of answers that are called
+    safe in some rows and unsafe in others."""
+    votes = {}  # hash → how often it is called safe, and 2**32 times how often unsafe
+    for row in rows:
+        keys = keys_of(row)
+        if len({*keys.values()}) < len(keys):
+            continue  # an answer beside itself is no pair, whatever its labels
+        for label, key in keys.items():
+            votes[key] = votes.get(key, 0) + (1 if getattr(row, label) else 2**32)
+    settled = {}
+    for key, vote in votes.items():
+        unsafe, safe = divmod(vote, 2**32)
+        if safe and unsafe:
+            settled[key] = None if safe == unsafe else safe > unsafe
+    return settled
+
+
+def paired(rows, notes):
+    """The Records among rows; and Records of a safe and an unsafe Answer to the same prompt, in the
+    order in which they come.
+
+    People did not compare these two answers, so that the safe one counts as the better one too.
+    """
+    unpaired, seen = {}, set()  # (prompt, is_safe) → answers; hashes of single answers
+    for row in rows:
+        if isinstance(row, Record):
+            yield row
+            continue
+        prompt, answer, safe = row.prompt, row.response, row.is_safe
+        (key,) = keys_of(row).values()
+        if key in seen:
+            notes[REPEATED] += 1
+            continue
+        seen.add(key)
+        others = unpaired.get((prompt, not safe))
+        if not others:
+            unpaired.setdefault((prompt, safe), []).append(answer)
+            continue
+        notes[PAIRED] += 1
+        yield Record(prompt, others.pop(0), answer, not safe, safe, int(safe), int(safe))
+        if not others:
+            del unpaired[prompt, not safe]
+    notes[UNPAIRED] += sum(map(len, unpaired.values()))
+
+
+def load(data):
+    """{"train": Records, "test": Records} of a file, or of a folder.
+
+    Where there is no test file, one prompt in ten, by its hash, is held out as the test split.
+    ValueError says what is missing.
+    """
+    path = hub.data_path(data)
+    if not path.exists():
         raise ValueError(
-            f"{folder}: no {split} file; "
-            f"expected {split}.jsonl, {split}.jsonl.gz or {split}.jsonl.xz"
+            f"{path}: no such file or folder; --data takes toy, a file, a folder, or OWNER/NAME on "
+            "the Hugging Face hub"
         )
-    for file in files:
-        if file.suffix != ".jsonl" and file.with_suffix("") in files:
-            raise ValueError(
-                f"{file}: stands beside the same without {file.suffix}; expected one of them"
-            )
-    return files
+    files = find_files(path) if path.is_dir() else {"train": [path]}
+    if "test" in files:
+        return {split: records_of_files(paths, path, split) for split, paths in files.items()}
+    splits = {"train": lambda prompt: not held_out(prompt), "test": held_out}
+    return {
+        split: records_of_files(files["train"], path, f"{split} split by a hash of prompts", wanted)
+        for split, wanted in splits.items()
+    }
 
 
-def held_out(row):
-    """Whether the row's prompt is one of the tenth that is held out."""
-    prompt = json.dumps(row.get("prompt")).encode()
-    return hashlib.sha256(prompt).digest()[0] % 10 == 0
+def held_out(prompt):
+    """Whether a Record's prompt is one of the tenth that is held out."""
+    return hashlib.sha256(json.dumps(prompt).encode()).digest()[0] % 10 == 0
 
 
-def records_of_files(files, place, wanted=None):
+def records_of_files(files, source, split, wanted=None):
+    """Records of files, or of those of their rows for whose prompt wanted(prompt)."""
+
     def read(notes):
         for file in files:
-            yield from read_jsonl(file, notes, wanted)
+            for row in read_file(file, notes):
+                if wanted is None or wanted(row.prompt):
+                    yield row
 
-    return Records(place, read)
+    return Records(f"{source}, its {split}", read)
 
 
 def of_rows(place, rows):
     """Records of decoded rows in PKU-SafeRLHF's format."""
 
     def read(notes):
-        numbered = ((row, f"{place}:{number}") for number, row in enumerate(rows, 1))
-        return pku_saferlhf(numbered, notes)
+        for number, row in enumerate(rows, 1):
+            yield pku_saferlhf(row, f"{place}:{number}", notes)
 
     return Records(place, read)
 
 
-def read_jsonl(path, notes, wanted=None):
-    """The records of a .jsonl, .jsonl.gz or .jsonl.xz file, or of those rows for which wanted(row).
+def read_file(path, notes):
+    """The Records and Answers of a file's rows, all in the format of the first one.
 
-    All rows have the format of the first one. notes counts what a user should know.
+    notes counts what a user should know.
     """
-    rows = read_rows(path)
-    if wanted:
-        rows = ((row, place) for row, place in rows if wanted(row))
+    rows = read_rows(path, needed)
     first = next(rows, None)
     if first is None:
         return
     name = recognise(*first)
     notes[f"rows of {name}"] += 0  # named, not counted
-    yield from FORMATS[name].read(itertools.chain([first], rows), notes)
-
-
-def read_rows(path):
-    """(JSON object, "file:line") of each line that is not blank. ValueError names file and line."""
-    opener = OPENERS.get(path.suffix)
-    if opener is None:
-        raise ValueError(f"{path}: unknown kind of file; expected .jsonl, .jsonl.gz or .jsonl.xz")
-    number = 0
-    try:
-        with opener(path, "rb") as file:
-            # A line may be too large for the memory: parse_json refuses it by its first bytes.
-            lines = iter(functools.partial(file.readline, LARGEST + 1), b"")
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    place = f"{path}:{number}"
-                    yield parse_json(line, place), place
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as e:
-        raise ValueError(
-            f"{path}:{number + 1}: cannot be unpacked ({e}); "
-            "expected a whole file, packed as its name says"
-        )
+    read = FORMATS[name].read
+    for row, place in itertools.chain([first], rows):
+        if (read_row := read(row, place, notes)) is not None:
+            yield read_row
 
 
 def survey(splits):
@@ -183,7 +217,8 @@ def survey(splits):
             shared += split == "train" and prompt in test_prompts
     for split in splits:
         if not counts[split]:
-            raise ValueError(f"{splits[split].place}: holds no row")
+            left_out = [f"{n} {note}" for note, n in splits[split].notes.items() if n]
+            raise ValueError("; ".join([f"{splits[split].place}: holds no row", *left_out]))
     sizes = ", ".join(f"{counts[split]} {split}" for split in splits)
     notes = {note for records in splits.values() for note in records.notes}
     formats = sorted(note for note in notes if note.startswith("rows of "))
@@ -212,7 +247,7 @@ def flip_flags(records, share, seed):
 
 
 def choose_pairs(records, choice, counts):
-    """The pairs of records under one of safedpo.PAIR_CHOICES. ValueError if none is left.
+    """The pairs of records under one of safedpo.PAIR_CHOICES.
 
     counts, a Counter, gets for "safedpo" T's four: kept safe-safe, kept safe-unsafe, swapped and
     dropped. Other choices can also keep pairs with an unsafe winner. "swapped" is relative to the
@@ -227,11 +262,6 @@ def choose_pairs(records, choice, counts):
         kept = pair == safedpo.helpful(r)
         counts[f"kept {kind(pair.h_w, pair.h_l)}" if kept else "swapped"] += 1
         yield pair
-    if counts["dropped"] == counts.total():
-        raise ValueError(
-            f"no pair is left: --pairs {choice} dropped all {counts.total()} rows; "
-            "it needs rows with a safe answer"
-        )
 
 
 def kind(h_w, h_l):

@@ -219,7 +219,9 @@ def first_look(folder, config, result):
     for row in rows[:3]:
         answers = {name: f"{row[name].strip()}{verdict(row, name)}" for name in MODELS}
         parts.append(side_by_side(row["prompt"], answers))
-    parts.append(what_next(folder, config, rows[-1]["prompt"].split("\n")[0]))
+    prompt = rows[-1]["prompt"]
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    parts.append(what_next(folder, config, prompt.split("\n")[0]))
     return "\n" + "\n".join(filter(None, parts))
 
 
@@ -250,6 +252,8 @@ def sentences(result):
 
 def side_by_side(prompt, answers):
     """A prompt and {model: its answer}, as text."""
+    if not isinstance(prompt, str):
+        prompt = "\n  ".join(f"{message['role']}: {message['content']}" for message in prompt)
     lines = [f"    {name + ':':<11}{text.strip()}" for name, text in answers.items()]
     return "\n".join([f"\n  {prompt}", *lines])
 

@@ -1,7 +1,6 @@
 """Score models, which judge answers: reward and cost models, from Hugging Face folders."""
 
-from pathlib import Path
-
+from lib import hub
 from lib.hf_config import read_config
 from lib.hf_tokenizer import load_tokenizer
 from lib.hf_weights import HEAD, empty_model, load_weights, weight_files, weights_by_hf_name
@@ -34,7 +33,7 @@ def load_judge(folder, template, answers, device):
     it. The head is score_head (beaver's) or score (transformers' sequence classifiers), its bias 0
     where the files have none. ValueError names what does not fit.
     """
-    folder = Path(folder)
+    folder = hub.model_path(folder)
     tokenizer = load_tokenizer(folder, template)
     files = weight_files(folder)
     prompts, texts = zip(*answers)

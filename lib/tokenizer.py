@@ -9,7 +9,7 @@ import datetime
 import json
 from typing import NamedTuple
 
-from lib.chat import MARK, Message, Template, jinja_of_text, mark, messages_of
+from lib.chat import MARK, MARKS, Message, Template, jinja_of_text, mark, messages_of
 
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -59,7 +59,9 @@ class Tokenizer:
         self.chat = Template(template, self.variables, self.date)
         self.space, _ = self.chat.around_answer()
         self.bpe = load_bpe(serialized)  # reads added tokens in a text
-        self.added = {i: t.content for i, t in self.bpe.get_added_tokens_decoder().items()}
+        added = self.bpe.get_added_tokens_decoder()
+        self.added = {i: token.content for i, token in added.items()}
+        self.marks = {*MARKS, *(t.content for t in added.values() if t.special and t.content)}
         self.text_bpes = text_bpes(self.bpe)  # and these do not
         for i in self.ends:
             if i in self._encode(INNER, [self.bpe.id_to_token(i)])[0]:
@@ -125,6 +127,11 @@ class Tokenizer:
     def dialogues(self, prompts, answers):
         """The ids of each prompt in its template with its answer, as one text, without EOS."""
         return self._fill((*messages_of(x), Message("answer", y)) for x, y in zip(prompts, answers))
+
+    def spells_special(self, pair):
+        """Whether a pair's texts spell a special token, or a mark of a chat template."""
+        texts = [m.content for m in messages_of(pair.x)] + [pair.y_w, pair.y_l]
+        return any(mark in text for text in texts for mark in self.marks)
 
     def decode(self, ids):
         """The text of an answer's ids, without its end."""

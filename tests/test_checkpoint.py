@@ -7,7 +7,8 @@ import random
 import shutil
 import zipfile
 
-from lib import checkpoint, records
+from lib import checkpoint
+from lib.rows import read_rows
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def test_lines_of_100_mb_are_refused_and_not_swallowed(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_bytes(b'{"a": "' + b"a" * 10**8 + b'"}')
     for file, place in (("train.jsonl", "train.jsonl:1"), ("bomb.jsonl.gz", "bomb.jsonl.gz:2")):
         with pytest.raises(ValueError, match=f"{place}: more than 64 MiB of JSON at once"):
-            list(records.read_rows(tmp_path / file))
+            list(read_rows(tmp_path / file))
     with pytest.raises(ValueError, match=r"config\.json: more than 64 MiB"):
         checkpoint.read_json(tmp_path / "config.json")
 

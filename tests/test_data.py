@@ -8,7 +8,7 @@ from itertools import islice
 from lib.chat import TEMPLATES
 from lib.formats import Record
 from lib.policy import load_model
-from lib.records import choose_pairs, read_jsonl
+from lib.records import choose_pairs, read_file
 from lib.tokenizer import Tokenizer
 
 import pytest
@@ -80,13 +80,13 @@ def test_truncation_rule(tokenizer):
     pair = Pair("a?", "First bend the copper. Then fit the glass.", "b", 0, 1)
     (cut,), counts = encode([pair], tokenizer, len(x) + room)
     assert cut == Pair(x, long[:room], short, 0, 1) and cut.y_w[-1] != tokenizer.eos
-    assert counts == {"truncated": 1, "prompt too long": 0}
+    assert counts[data.TRUNCATED] == 1 and not counts[data.TOO_LONG] and not counts[data.ALIKE]
     kept, counts = encode(
         [pair, Pair("First bend the copper. " * 9, "b", "c", 0, 0)], tokenizer, len(x) + room
     )
-    assert len(kept) == 1 and counts["prompt too long"] == 1
-    with pytest.raises(ValueError, match="raise it"):
-        encode([pair], tokenizer, len(x))
+    assert len(kept) == 1 and counts[data.TOO_LONG] == 1
+    kept, counts = encode([pair], tokenizer, len(x))
+    assert not len(kept) and counts[data.TOO_LONG] == 1
 
 
 def test_records_stream_and_tokens_lie_in_a_file(tokenizer, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_records_stream_and_tokens_lie_in_a_file(tokenizer, tmp_path, monkeypatc
     )
     tracemalloc.start()
     pairs, _ = encode(
-        choose_pairs(read_jsonl(path, Counter()), "safedpo", Counter()), tokenizer, 1000
+        choose_pairs(read_file(path, Counter()), "safedpo", Counter()), tokenizer, 1000
     )
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

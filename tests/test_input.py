@@ -133,6 +133,7 @@ def test_bad_rows_through_the_command(capsys, rows, tmp_path, monkeypatch):
             [good, good, unlabelled]
         ): "data.jsonl:3: is_response_0_safe is missing; expected true or false",
         "": "data.jsonl, its train split by a hash of prompts: holds no row",
+        good: "data.jsonl, its test split by a hash of prompts: holds no row",
         "\n".join(
             [
                 unsafe.replace("How", f"{i} How")
@@ -140,7 +141,8 @@ def test_bad_rows_through_the_command(capsys, rows, tmp_path, monkeypatch):
                 .replace("What", f"{i} What")
                 for i in range(50)
             ]
-        ): "no pair is left: --pairs safedpo dropped all",
+        ): "no pair is left to train on; train pairs (safedpo): 0 kept safe-safe, 0 kept "
+        "safe-unsafe, 0 swapped, 45 dropped; expected rows with a safe answer",
     }.items():
         (tmp_path / "data.jsonl").write_text(content)
         assert message in complaint(train.main, [*TINY, "--data", "data.jsonl"], capsys)
@@ -286,13 +288,8 @@ def test_spoiled_configs_are_named(finished, capsys, tmp_path, name, value):
     ) and value not in (0, -1):
         rooms.append((eval_room.main, [str(tmp_path / "run")]))
     for main, argv in rooms:
-        expected = (
-            "NaN is no number"
-            if value != value
-            else "Infinity is no number"
-            if value == float("inf")
-            else f"{name} is "
-        )
+        number = {"nan": "NaN is no number", "inf": "Infinity is no number"}
+        expected = number.get(str(value), f"{name} is ")
         assert "run/config.json: " in (error := complaint(main, argv, capsys)) and expected in error
 
 
@@ -325,7 +322,8 @@ def test_data_of_one_kind(rows, capsys, tmp_path):
     capsys.readouterr()
     unsafe = write(tmp_path / "unsafe", label(False, False), rows["test"][:9])
     assert (
-        "no pair is left: --pairs safedpo dropped all 96 rows; it needs rows with a safe answer"
+        "no pair is left to train on; train pairs (safedpo): 0 kept safe-safe, 0 kept safe-unsafe, "
+        "0 swapped, 96 dropped; expected rows with a safe answer"
         in complaint(
             train.main, [*TINY, "--data", unsafe, "--out_dir", str(tmp_path / "none")], capsys
         )

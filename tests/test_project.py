@@ -43,6 +43,8 @@ PACKAGES = {  # what a file may import that is neither ours nor Python's own
     "lib/report.py": {"matplotlib"},
     "lib/checkpoint.py": {"torch", "filelock"},
     "lib/chat.py": {"jinja2"},
+    "lib/rows.py": {"pyarrow"},
+    "lib/hub.py": {"huggingface_hub"},
     "bench.py": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
 }
 USUAL = {"torch", "numpy", "tokenizers", "tqdm"}

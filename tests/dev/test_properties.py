@@ -9,7 +9,7 @@ from itertools import islice
 from lib.chat import TEMPLATES
 from lib.checkpoint import parse_json
 from lib.formats import FORMATS, Record, recognise
-from lib.records import read_jsonl
+from lib.records import read_file
 from lib.tokenizer import Tokenizer
 
 import pytest
@@ -166,7 +166,7 @@ def test_any_file_is_records_or_a_named_error(tmp_path_factory, raw, suffix):
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(raw)
     try:
-        assert all(isinstance(r, Record) for r in read_jsonl(path, Counter()))
+        assert all(isinstance(r, Record) for r in read_file(path, Counter()))
     except ValueError as e:
         assert re.match(rf"{re.escape(str(path))}:\d+: ", str(e)) and "\n" not in str(e)
 

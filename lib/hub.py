@@ -1,0 +1,67 @@
+"""Models and data sets by their names on the Hugging Face hub, which are fetched once and kept.
+
+OWNER/NAME, OWNER/NAME/FOLDER, and either with @REVISION. Nothing is fetched whose reading can run
+code. What lies here under that name comes first.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+from lib.hf_tokenizer import COPIED_FILES
+from lib.rows import PACKABLE, PACKED, READERS
+
+NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<inside>[^@]+))?(@(?P<revision>.+))?")
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+ROWS = [f"*{kind}{packed}" for kind in PACKABLE for packed in PACKED] + ["*.parquet"]
+
+
+def model_path(name):
+    """The folder of a model."""
+    return path_of(name, "model", (*COPIED_FILES, *WEIGHTS))
+
+
+def data_path(name):
+    """The file or folder of a data set."""
+    return path_of(name, "dataset", (*ROWS, *map(str.upper, ROWS)))
+
+
+@functools.cache
+def path_of(name, kind, patterns):
+    """The path that a name means: one that is here, or what the hub has. ValueError if neither.
+
+    A name that cannot be the hub's is a path, whether there is something or not.
+    """
+    path, parts = Path(name), NAME.fullmatch(name)
+    if path.exists() or not parts:
+        return path
+    if kind == "dataset" and any(name.lower().endswith(ending) for ending in READERS):
+        return path
+    repo, inside, revision = parts["repo"], parts["inside"], parts["revision"]
+    patterns = [f"{inside}/{pattern}" for pattern in patterns] + [inside] if inside else patterns
+    try:
+        from huggingface_hub import snapshot_download
+
+        deeper = f"{inside}/*/*" if inside else "*/*"  # other formats of the same weights
+        folder = snapshot_download(
+            repo,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=deeper if kind == "model" else None,
+        )
+    except Exception as e:  # the network's, the hub's, the disk's
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"[:300]
+        raise ValueError(
+            f"{name}: no such file or folder here, and not to be had from the Hugging Face hub "
+            f"({reason})"
+        )
+    path = Path(folder, inside or "")
+    if kind == "model" and not list(path.glob("*.safetensors")):
+        raise ValueError(
+            f"{name}: the Hugging Face hub has no model*.safetensors there, and nothing else is "
+            f"fetched; `hf download {repo} --local-dir FOLDER` brings all, and --init_from FOLDER "
+            "says how pickles are converted"
+        )
+    print(f"{name}: {repo} of the Hugging Face hub, revision {Path(folder).name}")
+    return path
