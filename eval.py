@@ -7,14 +7,16 @@ python eval.py runs/alpaca --reward_model beaver-7b-unified-reward --cost_model 
 python eval.py runs/alpaca --export alpaca-safedpo          the policy as a Hugging Face folder
 """
 
+import itertools
 import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from lib import checkpoint, judges, pretrained, records, report, runs
+from lib import checkpoint, judges, records, report, runs
 from lib.chat import as_json
 from lib.device import pick_device, pick_dtype
+from lib.export import export
 from lib.flags import parse, run
 from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
 from lib.policy import load_model, log_probs, sample_answers
@@ -25,6 +27,7 @@ import torch
 import data
 from village import limit, world
 
+EXPORT_RECORDS = 200  # test records on which an exported policy is measured
 VERSION = 2  # of the figures: a run that an earlier version judged is judged again
 
 
@@ -173,12 +176,17 @@ def settings_of(flags, given):
     return EvalConfig(**{name: flags[name] for name in SAMPLING} | given)
 
 
-def export(folders, target):
-    if len(folders) > 1:
+def export_policy(config):
+    """--export: write a run's policy as a Hugging Face folder."""
+    if len(config.runs) > 1:
         raise ValueError("--export writes one policy; expected one folder of a run")
-    runs.finished_run(folders[0])
-    pretrained.export(*load_model(Path(folders[0]) / "policy.pt", torch.device("cpu")), target)
-    print(f"{target}: the policy of {folders[0]}")
+    flags, device = runs.finished_run(config.runs[0]), pick_device(config.device)
+
+    def held_out(tokenizer):
+        split = itertools.islice(data.load(flags["data"])["test"], EXPORT_RECORDS)
+        return data.Examples(data.held_out_pairs(split, tokenizer, flags["max_length"]))
+
+    export(config.runs[0], config.export, config.export_dtype, held_out, flags["beta"], device)
 
 
 def evaluate_all(config, given):
@@ -216,7 +224,7 @@ def main(argv=None):
             print(folder + report.side_by_side(config.prompt, answers))
         return
     if config.export:
-        export(config.runs, config.export)
+        export_policy(config)
         return
     if config.plot:
         report.pyplot()  # an error before the work, not after it

@@ -41,29 +41,49 @@ def load(folder, template, longest, device):
     return model.eval(), tokenizer
 
 
-def export(model, tokenizer, folder):
-    """Write model and tokenizer as a Hugging Face folder, which must not exist yet.
+def dtype_of(tokenizer):
+    """The dtype in which the weights of a tokenizer's folder came: its name."""
+    hf = json.loads(tokenizer.files.get("config.json", b"{}"))
+    return hf.get("dtype") or hf.get("torch_dtype") or "float32"
 
-    Weights are written in the dtype they came in, all other files as they were read.
-    """
-    folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".tmp")
-    for path in (folder, unfinished):
+
+def check_new(folder):
+    for path in (folder, unfinished(folder)):
         if path.exists():
             raise ValueError(f"--export {path}: exists already; expected the name of a new folder")
+
+
+def unfinished(folder):
+    return folder.with_name(folder.name + ".tmp")
+
+
+def export(model, tokenizer, folder, dtype=None):
+    """Write model and tokenizer as a Hugging Face folder, which must not exist yet.
+
+    dtype: of the weights, by name; None takes that in which they came. All other files are written
+    as they were read, but for what was trained.
+    """
+    folder, dtype = Path(folder), dtype or dtype_of(tokenizer)
+    check_new(folder)
     files = tokenizer.files or llama_files(model.config, tokenizer)
     hf = json.loads(files["config.json"])
-    dtype = getattr(torch, hf.get("dtype") or hf["torch_dtype"])
-    weights = {name: w.detach().to("cpu", dtype) for name, w in weights_by_hf_name(model).items()}
-    unfinished.mkdir(parents=True)
+    hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
+    files = files | {"config.json": json.dumps(hf, indent=2).encode()}
+    weights = {
+        name: weight.detach().to("cpu", getattr(torch, dtype))
+        for name, weight in weights_by_hf_name(model).items()
+    }
+    part = unfinished(folder)
+    part.mkdir(parents=True)
     try:
-        save_file = safetensors_library().torch.save_file
-        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         for name, content in hf_tokenizer.exported_files(tokenizer, files).items():
-            (unfinished / name).write_bytes(content)
-        os.replace(unfinished, folder)
+            (part / name).write_bytes(content)
+        save_file = safetensors_library().torch.save_file
+        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(part / "config.json", part / "model.safetensors")  # as the umask says
+        os.replace(part, folder)
     except BaseException:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(part)
         raise
 
 

@@ -118,6 +118,12 @@ class EvalConfig(Settings):
         "reference_cost, policy_reward, policy_cost",
     )
     export: str = flag("", "write the run's policy into this new Hugging Face folder, no more")
+    export_dtype: str = flag(
+        "auto",
+        "type of its weights; auto: that in which the model came if it holds what was learned, "
+        "else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     json: str = flag("", "write every figure to this file")
     plot: str = flag("", "draw helpfulness against harmless ratio into this .png, .svg or .pdf")
 

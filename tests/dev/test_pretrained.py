@@ -1,6 +1,8 @@
 """Hugging Face folders in and out, against transformers itself: random weights, tiny sizes."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -885,6 +887,62 @@ def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         eval_room.main([str(finished), "--export", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_exported_files_have_the_mode_that_the_umask_says(finished, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        eval_room.main([str(finished), "--export", str(tmp_path / "out")])
+    finally:
+        os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()} == {mode}
+
+
+def aligned_in_bf16(folder, tmp_path, lr):
+    """A run from a folder in bfloat16, whose steps are of that size."""
+    make(tmp_path / "hf")
+    weights(lambda t: t.update({name: w.bfloat16() for name, w in t.items()}))(tmp_path / "hf")
+    start = dict(init_from=tmp_path / "hf", prompt_template="chatml", data=folder)
+    train.main(argv(**start, lr=lr, beta=0.1, delta=10, out_dir=tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def exported(run, out, capsys, *flags):
+    """(what --export says, the dtype of its weights, the margin in the run, and in the folder)."""
+    capsys.readouterr()
+    eval_room.main([str(run), "--export", str(out), *flags])
+    said = capsys.readouterr().out
+    (dtype,) = {w.dtype for w in load_file(out / "model.safetensors").values()}
+    config = json.loads((out / "config.json").read_text())
+    assert str(dtype) == f"torch.{config['dtype']}"
+    last = said.splitlines()[-1]
+    assert f"in {config['dtype']}, with a margin of" in last
+    kept, whole = (float(re.search(p, last)[1]) for p in (r"margin of (\S+)", r"run it is (\S+)$"))
+    return said, dtype, whole, kept
+
+
+def test_small_updates_are_exported_in_a_type_that_holds_them(folder, tmp_path, capsys):
+    run = aligned_in_bf16(folder, tmp_path, lr=3e-5)
+    printed = json.loads((run / "eval.json").read_text())["policy"]["preferences"]
+    said, dtype, whole, kept = exported(run, tmp_path / "auto", capsys)
+    assert dtype == torch.float32 and whole == kept
+    assert whole == pytest.approx(printed["rewards/margins"], rel=1e-3)
+    assert "bfloat16, in which the model came, would turn a margin of" in said
+    said, dtype, whole, kept = exported(
+        run, tmp_path / "insists", capsys, "--export_dtype", "bfloat16"
+    )
+    assert dtype == torch.bfloat16 and abs(kept - whole) > 0.05 * whole
+    assert len(said.splitlines()) == 1
+
+
+def test_large_updates_are_exported_in_the_type_of_the_folder(folder, tmp_path, capsys):
+    run = aligned_in_bf16(folder, tmp_path, lr=0.02)
+    said, dtype, whole, kept = exported(run, tmp_path / "auto", capsys)
+    assert dtype == torch.bfloat16 and len(said.splitlines()) == 1
+    assert kept != whole and abs(kept - whole) <= 0.05 * whole
+    _, dtype, whole, kept = exported(run, tmp_path / "f16", capsys, "--export_dtype", "float16")
+    assert dtype == torch.float16 and kept == pytest.approx(whole, rel=0.01)
 
 
 def test_a_file_name_in_a_checkpoint_leads_nowhere(finished, tmp_path):
