@@ -172,7 +172,7 @@ def ours(c):
     start = clock(device)
     ref = log_probs(model, data.Examples(pairs), device, c.dtype, c.micro_batch_size)
     reference_time = clock(device) - start
-    optimizer = train.make_optimizer(model, 0.0)
+    optimizer = train.make_optimizer(model, 0.0, train.TrainConfig.beta2)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
     scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")

@@ -28,7 +28,8 @@ import data
 from village import limit, world
 
 EXPORT_RECORDS = 200  # test records on which an exported policy is measured
-VERSION = 2  # of the figures: a run that an earlier version judged is judged again
+SHOWN_ANSWERS = 3  # of each model to --prompt
+VERSION = 3  # of the figures: a run that an earlier version judged is judged again
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,6 +55,7 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
     if earlier := earlier_result(folder, result):
         return earlier
 
+    samples_pi = settings.temperature == settings.top_p == 1 and not settings.top_k
     models, tokenizer = {}, None
     for name in MODELS:
         models[name], tokenizer = load_model(folder / f"{name}.pt", device)
@@ -70,15 +72,17 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
             row[name] = tokenizer.decode(y)
         if annotated:
             annotate(rows, name)
-        examples = [(x, [y]) for x, y in zip(questions, answers)]
-        logp = log_probs(model, examples, device, dtype)[:, 0]
-        kl = logp - log_probs(reference, examples, device, dtype)[:, 0]
+        kl = torch.tensor([])
+        if samples_pi:  # else its mean is no estimate
+            examples = [(x, [y]) for x, y in zip(questions, answers)]
+            logp = log_probs(model, examples, device, dtype)[:, 0]
+            kl = logp - log_probs(reference, examples, device, dtype)[:, 0]
         ended = [y[-1] in tokenizer.ends for y in answers]
         lengths = [len(y) for y in answers]
         figures = figures_of(rows, name, ended, lengths, kl.tolist(), annotated)
         result[name] = {**figures, "preferences": preferences[name]}
     result["optimum"] = None
-    if annotated and settings.temperature == settings.top_p == 1:
+    if annotated and samples_pi:
         best, result["optimum"] = limit.optimum(
             reference, prompts, tokenizer, config["beta"], settings, device, dtype
         )
@@ -158,16 +162,20 @@ def figures_of(rows, name, ended, lengths, kl, annotated):
 
 
 def answer_prompt(folder, prompt, given):
-    """What the run's reference and policy answer to one prompt: {"reference", "policy": text}."""
+    """What the run's reference and policy answer to one prompt: [{"reference", "policy": text}, …].
+
+    Some answers of each; one, where sampling always takes the most probable token.
+    """
     settings = settings_of(runs.finished_run(folder), given)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    answers = {}
+    answers = [{} for _ in range(SHOWN_ANSWERS if settings.temperature else 1)]
     for name in MODELS:
         model, tokenizer = load_model(Path(folder) / f"{name}.pt", device)
-        x = tokenizer.prompts([prompt])
-        (y,) = sample_answers(model, x, tokenizer.ends, settings, device, dtype)
-        answers[name] = tokenizer.decode(y)
+        x = tokenizer.prompts([prompt]) * len(answers)
+        sampled = sample_answers(model, x, tokenizer.ends, settings, device, dtype)
+        for some, y in zip(answers, sampled):
+            some[name] = tokenizer.decode(y)
     return answers
 
 
@@ -221,7 +229,7 @@ def main(argv=None):
     if config.prompt:
         for folder in config.runs:
             answers = answer_prompt(folder, config.prompt, given)
-            print(folder + report.side_by_side(config.prompt, answers))
+            print(folder + "".join(report.side_by_side(config.prompt, some) for some in answers))
         return
     if config.export:
         export_policy(config)

@@ -87,7 +87,7 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
-def make_optimizer(model, weight_decay):
+def make_optimizer(model, weight_decay, beta2):
     """AdamW; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -95,7 +95,7 @@ def make_optimizer(model, weight_decay):
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def fit(stage_name, model, pairs, ref, loss_function, config, folder):
     """
     device = torch.device(config.device)
     precision = autocast(device, config.dtype)
-    optimizer = make_optimizer(model, config.weight_decay)
+    optimizer = make_optimizer(model, config.weight_decay, config.beta2)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     per_epoch = data.steps_per_epoch(pairs, config.batch_size)
     steps = config.epochs * per_epoch
@@ -166,6 +166,9 @@ def train(config, folder, lock):
     pairs = data.training_pairs(splits, tokenizer, config)  # through T
     if config.init_from:
         config = replace(config, **{name: getattr(model.config, name) for name in SIZE_FLAGS})
+    steps = config.epochs * data.steps_per_epoch(pairs, config.batch_size)
+    held_out = data.prompts(splits["test"], tokenizer, config.max_length, config.eval_prompts)
+    report.warn_before(steps, len(held_out))
     runs.begin(folder, config, digest, done.borrowed, lock)
     model = parallel.wrap(prepare(model, config), device, config.fsdp)
 
@@ -185,6 +188,7 @@ def train(config, folder, lock):
 
     result = evaluate(folder, config, splits)
     print(report.first_look(folder, config, result))
+    report.warn_after(result)
     report.draw_curves(folder)
     print(f"\nDone in {time.time() - start:.0f} s.")
 

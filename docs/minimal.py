@@ -28,7 +28,7 @@ SAFEDPO = SimpleNamespace(batch_size=64, lr=4e-4)
 
 def steps(pairs, ref, settings, model):
     """(optimizer, batch) of each step of one epoch, with the step's learning rate set."""
-    optimizer = make_optimizer(model, weight_decay=0.05)
+    optimizer = make_optimizer(model, weight_decay=0.05, beta2=0.99)
     n = data.steps_per_epoch(pairs, settings.batch_size)
     for step in trange(n):
         for group in optimizer.param_groups:

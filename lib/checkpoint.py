@@ -144,6 +144,7 @@ def read_json(path, needed=None):
 
     needed: {name: type, several types, or None for any} of the fields that it must have.
     """
+    refuse_pointer(path)
     with open(path, "rb") as f:
         value = parse_json(f.read(LARGEST + 1), path)
     for name, types in (needed or {}).items():

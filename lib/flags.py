@@ -4,6 +4,7 @@ config.json. And how a command ends: in one line where the user can mend what we
 import argparse
 import math
 import operator
+import os
 import signal
 import sys
 from dataclasses import field, fields
@@ -20,15 +21,25 @@ BOUNDS = {  # flag's bound → (in words, as a test)
 }
 
 
-def flag(default, help, kind=None, choices=None, above=None, least=None, most=None, many=False):
+def flag(
+    default,
+    help,
+    kind=None,
+    choices=None,
+    above=None,
+    least=None,
+    most=None,
+    many=False,
+    path=False,
+):
     """A dataclass field that is a command-line flag.
 
     kind: its type where the default does not tell. above, least, most: bounds that are checked.
-    many: no flag but the command's arguments.
+    many: no flag but the command's arguments. path: a leading ~ is the home folder.
     """
+    kinds = dict(kind=kind or type(default), choices=choices, many=many, path=path)
     bounds = dict(above=above, least=least, most=most)
-    about = dict(help=help, kind=kind or type(default), choices=choices, many=many, **bounds)
-    return field(default=default, metadata=about)
+    return field(default=default, metadata=dict(help=help, **kinds, **bounds))
 
 
 def like(settings, name, default):
@@ -59,6 +70,9 @@ def parse(settings, argv=None, about=None):
     given = vars(parser.parse_args(argv))
     for name, value, expected in problems(settings, given):
         parser.error(f"argument --{name}: {value} is out of range; expected {expected}")
+    for f in fields(settings):
+        if f.metadata["path"] and f.name in given:
+            given[f.name] = os.path.expanduser(given[f.name])  # no shell does it behind a "="
     return given
 
 
@@ -120,10 +134,19 @@ def run(main):
     """
     tune_cpu()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(errors="replace")  # a terminal without Greek letters shows "?"
     try:
-        main()
+        try:
+            main()
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError as e:  # `| head` has read enough
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        _, _, how_to_go_on = str(e).partition("; ")
+        end(f"stopped: nobody reads its output; {how_to_go_on}" if how_to_go_on else "", 141)
     except (ValueError, OSError, FloatingPointError) as e:
         end(f"error: {e}", 2)
     except (MemoryError, RuntimeError) as e:
@@ -137,5 +160,6 @@ def run(main):
 
 
 def end(message, code):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)

@@ -42,6 +42,12 @@ def read_config(folder, tokenizer, longest, **changes):
         raise ValueError(f"{path}: {e}")
     except (TypeError, AttributeError) as e:  # a list where a number should be, and the like
         raise ValueError(f"{path}: cannot be read as a model's configuration ({e})")
+    limit = hf.get("max_position_embeddings")
+    if isinstance(limit, int) and longest > limit:
+        print(
+            f"warning: the model was made for {limit} tokens (max_position_embeddings), and rows "
+            f"may have {longest}; expected a smaller --max_length or --max_new_tokens"
+        )
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: vocab_size is {config.vocab_size}, "

@@ -52,6 +52,7 @@ def load_tokenizer(folder, template=None):
         raise ValueError(
             f"{path}: no such file; where there is a tokenizer.model, {make_tokenizer}"
         )
+    checkpoint.refuse_pointer(path)
     files = {n: (folder / n).read_bytes() for n in COPIED_FILES if (folder / n).exists()}
     decoded = {n: checkpoint.read_json(folder / n) for n in files if n in SETTINGS_FILES}
     settings = decoded.get("special_tokens_map.json", {}) | decoded.get("tokenizer_config.json", {})

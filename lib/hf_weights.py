@@ -19,10 +19,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (
     "{}: its weights are pickles ({}), and reading a pickle can run code. "
     "Where you trust it, this writes them as safetensors: "
-    "python -c 'import sys, torch, safetensors.torch as s; [s.save_file({{k: v.clone() "
-    "for k, v in torch.load(f, weights_only=True).items()}}, "
-    """f[:-4].replace("/pytorch_", "/") + ".safetensors") for f in sys.argv[1:]]' """
-    "{}/pytorch_model*.bin"
+    "python -c 'import sys, torch, safetensors.torch as s; from pathlib import Path; "
+    "[s.save_file({{k: v.clone() for k, v in torch.load(f, weights_only=True).items()}}, "
+    """f.with_name(f.stem.removeprefix("pytorch_") + ".safetensors")) """
+    "for f in map(Path, sys.argv[1:])]' {}/pytorch_model*.bin"
 )
 
 
@@ -184,6 +184,7 @@ def open_tensors(path):
     the process's memory until it is closed.
     """
     library = safetensors_library()
+    checkpoint.refuse_pointer(path)
     try:
         with library.safe_open(path, "pt") as file:
             yield file

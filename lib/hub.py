@@ -35,7 +35,7 @@ def path_of(name, kind, patterns):
     path, parts = Path(name), NAME.fullmatch(name)
     if path.exists() or not parts:
         return path
-    if kind == "dataset" and any(name.lower().endswith(ending) for ending in READERS):
+    if path.suffix.lower() in (".pt", *READERS):
         return path
     repo, inside, revision = parts["repo"], parts["inside"], parts["revision"]
     patterns = [f"{inside}/{pattern}" for pattern in patterns] + [inside] if inside else patterns

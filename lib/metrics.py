@@ -1,10 +1,14 @@
 """What is counted: means and shares with their intervals, figures of pairs and of answers."""
 
 import math
+import re
 
 from lib.records import kind
 
 from safedpo import implicit_reward
+
+LONGEST_WORD = 60  # characters
+CHARACTERS = re.compile("..?")
 
 
 def mean(values):
@@ -56,8 +60,13 @@ def preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta):
 
 
 def is_degenerate(text, ended):
-    """No EOS, no word, or more than a twentieth of its word 4-grams said before."""
-    words = text.split()
+    """No EOS, no word, or more than a twentieth of its word 4-grams said before.
+
+    Where no space comes for long, as in Chinese or Thai or in a loop, two characters are a word.
+    """
+    words = []
+    for word in text.split():
+        words += [word] if len(word) <= LONGEST_WORD else CHARACTERS.findall(word)
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     return not ended or not words or len(grams) - len(set(grams)) > len(grams) / 20
 

@@ -132,7 +132,7 @@ def sample_answers(model, prompts, ends, settings, device, dtype, title=None):
     """One answer (token ids) per prompt (token ids)."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device).manual_seed(settings.seed)
-    how = settings.temperature, settings.top_p, generator
+    how = settings.temperature, settings.top_p, generator, settings.top_k, settings.sample_length
     answers = [None] * len(prompts)
     for start in parallel.progress(range(0, len(order), SAMPLES_AT_ONCE), title):
         batch = order[start : start + SAMPLES_AT_ONCE]

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import shlex
 import sys
 import textwrap
@@ -140,18 +141,23 @@ def asked(results):
 def notes(results):
     """Why some cells are empty."""
     lacking = {name for r in results for name, figure in r["policy"].items() if figure is None}
+    text = ""
     if lacking & {"helpfulness", "harmless_ratio"}:
-        return (
+        text = (
             "–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores "
             "bring some.\n"
         )
-    if "n_benign" in lacking:
-        return "–: which requests are benign, only the village knows.\n"
-    return ""
+    elif "n_benign" in lacking:
+        text = "–: which requests are benign, only the village knows.\n"
+    if "kl" in lacking:
+        text += "–: KL is estimated from answers sampled at temperature 1, from all tokens.\n"
+    return text
 
 
 def is_judged(result):
-    return bool(result["policy"]["harmless_ratio"] and result["policy"]["helpfulness"])
+    return all(
+        result[name][figure] for name in MODELS for figure in ("harmless_ratio", "helpfulness")
+    )
 
 
 def cell(figure, factor, digits):
@@ -275,6 +281,49 @@ def what_next(folder, config, prompt):
 
 
 # --------------------------------------------------------------------------------------------------
+# Warnings: where a run cannot be good, or went wrong, and what to do
+
+FEW_STEPS, FEW_PROMPTS = 50, 30
+MOST_KL = 1.0  # nats a token
+MORE_DEGENERATE = 10  # % of the answers
+
+
+def warn_before(steps, prompts):
+    """Before training. steps: of SafeDPO. prompts: how many are held out, to sample answers for."""
+    if steps < FEW_STEPS:
+        warn(
+            f"{steps} steps are few to learn from; a smaller --batch_size, more --epochs or more "
+            "data make more"
+        )
+    if prompts < FEW_PROMPTS:
+        warn(
+            f"{prompts} held-out prompts are few to judge by; look at the intervals, or put more "
+            "prompts into the test split"
+        )
+
+
+def warn_after(result):
+    """After evaluation."""
+    policy, reference = (result[name] for name in ("policy", "reference"))
+    softer = "a smaller --lr, a smaller Δ/β or fewer --epochs keep it closer to the reference"
+    if policy["kl"] and policy["kl"]["value"] > MOST_KL * policy["length"]["value"]:
+        warn(f"KL to the reference is {policy['kl']['value']:.0f} nats an answer; {softer}")
+    before, after = (100 * figures["degenerate"]["value"] for figures in (reference, policy))
+    if after > before + MORE_DEGENERATE:
+        warn(f"{after:.0f} % of the answers are degenerate, {before:.0f} % were; {softer}")
+    if policy["helpfulness"] and reference["helpfulness"]:
+        fell = reference["helpfulness"]["value"] - policy["helpfulness"]["value"]
+        low, high = reference["helpfulness"]["ci95"]
+        deviation = (high - low) / 2 / 1.96 * math.sqrt(reference["n"])
+        if fell > deviation:
+            warn(f"helpfulness fell by {fell:.2f}, more than its deviation among answers; {softer}")
+
+
+def warn(text):
+    print(f"warning: {text}")
+
+
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -293,12 +342,17 @@ def pyplot():
 def plot(results, path):
     """Helpfulness against harmless ratio, with intervals."""
     figure, axes = pyplot().subplots(figsize=(7, 5), layout="constrained")
-    for (name, figures), marker in zip(models_of(results).items(), itertools.cycle("sovD^P*X<>")):
-        if figures["helpfulness"] is None or figures["harmless_ratio"] is None:
-            raise ValueError(
-                f"--plot: {name} has no helpfulness or no harmless ratio; its data has no "
-                "annotator (--reward_model, --cost_model)"
-            )
+    judged = {name: result for name, result in results.items() if is_judged(result)}
+    if not judged:
+        raise ValueError(
+            "--plot: no run has helpfulness and harmless ratio; their data has no annotator "
+            "(--reward_model, --cost_model)"
+        )
+    for name in results.keys() - judged.keys():
+        print(
+            f"--plot leaves out {name}: it has no helpfulness or no harmless ratio", file=sys.stderr
+        )
+    for (name, figures), marker in zip(models_of(judged).items(), itertools.cycle("sovD^P*X<>")):
         x, x_spread = value_and_spread(figures["harmless_ratio"], 100)
         y, y_spread = value_and_spread(figures["helpfulness"], 1)
         spread = dict(xerr=x_spread, yerr=y_spread, capsize=3)

@@ -14,6 +14,9 @@ from lib.device import pick_device, settle
 from lib.flags import problems
 from lib.settings import FREE_FLAGS, REFERENCE_FLAGS, SAMPLING, SIZE_FLAGS, Settings, TrainConfig
 
+from safedpo import PAIR_CHOICES
+
+DELTA = {pairs: 5.0 if pairs in ("safedpo", "noswap") else 0.0 for pairs in PAIR_CHOICES}
 FILES = (  # what a run leaves in its folder
     "config.json", "metrics.jsonl", "reference.pt", "policy.pt", "ref_logps.pt", "state.pt",
     "state.previous.pt", "eval.json", "samples.jsonl", "curves.png",
@@ -55,7 +58,7 @@ def open_run(given):
     if not config.init_from and config.sft_epochs == 0:
         raise ValueError("--sft_epochs 0 needs a model to start from; expected --init_from FOLDER")
     defaults = {
-        "delta": 5.0 if config.pairs in ("safedpo", "noswap") else 0.0,
+        "delta": DELTA[config.pairs],
         "sft_epochs": 0 if config.init_from else 1,
         "prompt_template": None if config.init_from else "plain",
     }
@@ -103,12 +106,19 @@ def check_free(folder):
 
 
 def run_name(given):
-    """A folder name made of the flags given: toy-safedpo-delta5, toy-safedpo-delta5-lr0.001, …"""
-    config = TrainConfig(**given)
+    """A folder name made of what the flags say: toy-safedpo-delta5, toy-safedpo-delta5-lr0.001, …
+
+    A flag that gives a default says nothing.
+    """
+    config, default = TrainConfig(**given), TrainConfig()
     unnamed = ("data", "pairs", "delta", "out_dir", "resume", "verbose")
-    delta = "" if config.delta is None else f"-delta{config.delta:g}"
-    others = [f"-{name}{given[name]}" for name in sorted(given) if name not in unnamed]
-    name = f"{config.data}-{config.pairs}{delta}" + "".join(others)
+    delta = DELTA[config.pairs] if config.delta is None else config.delta
+    name = f"{config.data}-{config.pairs}" + (
+        f"-delta{delta:g}" if delta or DELTA[config.pairs] else ""
+    )
+    for flag in sorted(given):
+        if flag not in unnamed and given[flag] != getattr(default, flag):
+            name += f"-{flag}{given[flag]}"
     plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("_.")
     if len(plain.encode()) <= 120:
         return plain

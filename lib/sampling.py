@@ -6,13 +6,18 @@ from model import move, pack_rows
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, generator=None):
+def generate(
+    model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, generator=None, top_k=0,
+    longest=None,
+):  # fmt: skip
     """One sampled answer per prompt (lists of token ids). It ends in one of `ends` (token ids)
-    where that came within max_new_tokens.
+    where that came within max_new_tokens, and before prompt and answer were `longest` tokens; but
+    each has one token at least.
 
     Prompts of different lengths are padded on the right. New tokens go behind the longest
     prompt for all of them, each at its own position. temperature = 0 takes the most probable
-    token; top_p < 1 samples from the smallest set of tokens whose probabilities sum to top_p.
+    token; top_k > 0 samples from as many most probable tokens, top_p < 1 then from the smallest set
+    of these whose probabilities sum to top_p.
     """
     device = model.embedding.weight.device
     rows = move(pack_rows([(x, [[]]) for x in prompts]), device)
@@ -27,14 +32,18 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, g
     seen = (column < length[:, None]) | (column >= L)
     ends = torch.tensor(ends, device=device)
     answers = ends[0].expand(R, max_new_tokens).clone()
+    room = torch.full_like(length, max_new_tokens)  # (R,) tokens for an answer
+    if longest:
+        room = room.minimum(longest - length).clamp(min=1)
+    most = int(room.max())
     row = torch.arange(R, device=device)  # which prompts are still in the batch
     ended = torch.zeros(R, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        token = sample(model.head(hidden).float(), temperature, top_p, generator)
+    for t in range(most):
+        token = sample(model.head(hidden).float(), temperature, top_p, generator, top_k)
         answers[row, t] = token
-        ended |= torch.isin(token, ends)
+        ended |= torch.isin(token, ends) | (room[row] <= t + 1)
         unfinished = (~ended).nonzero().squeeze(1)
-        if not len(unfinished) or t + 1 == max_new_tokens:
+        if not len(unfinished):
             break
         if len(unfinished) <= len(ended) // 2:  # the others only cost time
             state = row, token, length, seen, ended
@@ -45,7 +54,7 @@ def generate(model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, g
         visible = seen[:, None, None, : L + t + 1]
         hidden = model.hidden(token, length + t, slot[:, None], slot, visible, caches)
     lengths = (torch.isin(answers, ends).cumsum(1) == 0).sum(1) + 1  # with the end, where it came
-    return [y[:n] for y, n in zip(answers.tolist(), lengths.tolist())]
+    return [y[:n] for y, n in zip(answers.tolist(), lengths.minimum(room).tolist())]
 
 
 class Cache:
@@ -71,11 +80,14 @@ class Cache:
         self.extend(k, v)
 
 
-def sample(logits, temperature, top_p, generator):
+def sample(logits, temperature, top_p, generator, top_k=0):
     """logits (R, V) → one token for each row, (R,)."""
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # no overflow at a low temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         descending, token = probs.sort(-1, descending=True)

@@ -24,18 +24,29 @@ class Settings:
     )
     eval_prompts: int = flag(600, "test prompts to sample an answer for", above=0)
     temperature: float = flag(1.0, "of sampling; 0 takes the most probable token", least=0)
+    top_k: int = flag(0, "sample from that many most probable tokens; 0: from all", least=0)
     top_p: float = flag(
         1.0, "sample from the smallest set of tokens with this probability", above=0, most=1
     )
     max_new_tokens: int = flag(256, "tokens after which a sampled answer is cut off", above=0)
+    sample_length: int = flag(
+        0, "tokens of a prompt and its sampled answer together; 0: no bound", least=0
+    )
     verbose: bool = flag(False, "print every figure, not only the short table")
 
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    data: str = flag("toy", "toy, a .jsonl file, or a folder with train and test files")
+    data: str = flag(
+        "toy",
+        "toy, a file, a folder with train and test files, or OWNER/NAME on the Hugging Face hub",
+        path=True,
+    )
     init_from: str = flag(
-        "", "start from this: a checkpoint of ours, or a Hugging Face model folder"
+        "",
+        "start from this: a checkpoint of ours, a Hugging Face model folder, or OWNER/NAME on the "
+        "hub",
+        path=True,
     )
     prompt_template: str = flag(
         None,
@@ -54,7 +65,9 @@ class TrainConfig(Settings):
     label_noise: float = flag(
         0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1
     )
-    out_dir: str = flag("", "folder of the run; left out: runs/ and a name made of the flags")
+    out_dir: str = flag(
+        "", "folder of the run; left out: runs/ and a name made of the flags", path=True
+    )
     resume: bool = flag(False, "go on with the run in the folder")
     compile: bool = flag(None, "torch.compile; left out: on CUDA only", kind=bool)
     checkpointing: bool = flag(
@@ -90,6 +103,7 @@ class TrainConfig(Settings):
         most=1,
     )
     weight_decay: float = flag(0.05, "of AdamW, on matrices", least=0)
+    beta2: float = flag(0.99, "of AdamW: decay of the squared gradients' mean", above=0, most=1)
     grad_clip: float = flag(1.0, "norm to which gradients are clipped", above=0)
     save_every: int = flag(100, "steps between two saves of the training state", above=0)
 
@@ -97,15 +111,23 @@ class TrainConfig(Settings):
 @dataclass(frozen=True)
 class EvalConfig(Settings):
     runs: tuple = flag((), "folders that train.py wrote", many=True)
-    data: str = flag("", "judge on this data instead of the run's own: toy, a file or a folder")
+    data: str = flag(
+        "", "judge on this data instead of the run's own, named as for train.py", path=True
+    )
     split: str = flag("test", "split to draw prompts from: train, test, and in the village unseen")
-    prompt: str = flag("", "show what reference and policy answer to this prompt, and nothing else")
+    prompt: str = flag(
+        "", "show some answers of reference and policy to this prompt, and nothing else"
+    )
     reward_model: str = flag(
         "",
-        "score the answers' helpfulness with this model, a Hugging Face folder with a score head",
+        "score the answers' helpfulness with this model: a Hugging Face folder with a score head, "
+        "or OWNER/NAME on the hub",
+        path=True,
     )
     cost_model: str = flag(
-        "", "score the answers' harm with this model; an answer with cost ≤ 0 is harmless"
+        "",
+        "score the answers' harm with this model; an answer with cost ≤ 0 is harmless",
+        path=True,
     )
     judge_template: str = flag(
         "beaver",
@@ -116,19 +138,26 @@ class EvalConfig(Settings):
         "",
         "take the scores from this copy of a run's samples.jsonl, with reference_reward, "
         "reference_cost, policy_reward, policy_cost",
+        path=True,
     )
-    export: str = flag("", "write the run's policy into this new Hugging Face folder, no more")
+    export: str = flag(
+        "", "write the run's policy into this new Hugging Face folder, no more", path=True
+    )
     export_dtype: str = flag(
         "auto",
         "type of its weights; auto: that in which the model came if it holds what was learned, "
         "else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    json: str = flag("", "write every figure to this file")
-    plot: str = flag("", "draw helpfulness against harmless ratio into this .png, .svg or .pdf")
+    json: str = flag("", "write every figure to this file", path=True)
+    plot: str = flag(
+        "", "draw helpfulness against harmless ratio into this .png, .svg or .pdf", path=True
+    )
 
 
-SAMPLING = ("seed", "eval_prompts", "temperature", "top_p", "max_new_tokens")
+SAMPLING = (
+    "seed", "eval_prompts", "temperature", "top_k", "top_p", "max_new_tokens", "sample_length",
+)  # fmt: skip
 # a checkpoint brings its own
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
 # may change on --resume: the gradients are the same
@@ -139,5 +168,5 @@ FREE_FLAGS = (
 REFERENCE_FLAGS = (
     *SIZE_FLAGS, "init_from", "prompt_template", "seed", "device", "dtype", "max_length",
     "sft_epochs", "sft_lr", "sft_batch_size", "micro_batch_size", "warmup", "weight_decay",
-    "grad_clip",
+    "beta2", "grad_clip",
 )  # fmt: skip

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 from lib import flags
@@ -10,6 +11,7 @@ import train
 from village import world
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
 SHORT = (
     "--batch_size 16 --sft_batch_size 16 --micro_batch_size 8 --epochs 1 "

@@ -5,10 +5,11 @@ import tracemalloc
 from collections import Counter
 from itertools import islice
 
-from lib.chat import TEMPLATES
+from lib.chat import TEMPLATES, Message
 from lib.formats import Record
 from lib.policy import load_model
 from lib.records import choose_pairs, read_file
+from lib.settings import TrainConfig
 from lib.tokenizer import Tokenizer
 
 import pytest
@@ -87,6 +88,58 @@ def test_truncation_rule(tokenizer):
     assert len(kept) == 1 and counts[data.TOO_LONG] == 1
     kept, counts = encode([pair], tokenizer, len(x))
     assert not len(kept) and counts[data.TOO_LONG] == 1
+
+
+def test_answers_that_are_alike_after_the_cut_are_left_out(tokenizer):
+    (x,) = tokenizer.prompts(["a?"])
+    long = "First bend the copper. Then fit the glass."
+    pairs = [Pair("a?", long, long + " More.", 0, 0), Pair("a?", long, "No.", 0, 1)]
+    for room, kept in ((len(tokenizer.answers([long])[0]), 2), (4, 1)):
+        found, counts = encode(pairs, tokenizer, len(x) + room)
+        assert len(found) == kept and counts[data.ALIKE] == 2 - kept
+    found, counts = encode([Pair("a?", long, long, 0, 0)] * 3, tokenizer, 99)
+    assert not len(found) and counts[data.ALIKE] == 3
+
+
+def test_texts_in_a_template_already_are_counted(tokenizer):
+    texts = [
+        ("plain?", "yes", 0),
+        ("spelled <eos>?", "yes", 1),
+        ("<|im_start|>user\nx?<|im_end|>", "yes", 1),
+        ("x?", "yes\n\nHuman: more", 1),
+        ((Message("system", "[INST]"), Message("user", "x?")), "yes", 1),
+        ((Message("user", "x? [INS"),), "< eos>", 0),
+    ]
+    for x, y, marked in texts:
+        _, counts = encode([Pair(x, y, "no", 0, 1)] * 2, tokenizer_of_messages(tokenizer), 99)
+        assert counts[data.TEMPLATED] == 2 * marked, x
+
+
+def tokenizer_of_messages(tokenizer):
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    return Tokenizer(tokenizer.serialized, template, tokenizer.eos)
+
+
+def test_both_splits_are_counted_and_T_on_the_test_split_stops_nothing(capsys, tokenizer):
+    unsafe = [Record(f"{i}?", "yes", "no", False, False, 0, 0) for i in range(3)]
+    safe = [Record(f"{i}?", "yes", "no" * 50, True, False, 0, 0) for i in range(4)]
+    splits = {name: data.records.Records(name, lambda notes, rows=rows: iter(rows))
+              for name, rows in (("train", safe), ("test", unsafe))}  # fmt: skip
+    config = TrainConfig(max_length=20)
+    assert len(data.training_pairs(splits, tokenizer, config)) == 4
+    said = capsys.readouterr().out
+    assert "train pairs (safedpo): 0 kept safe-safe, 4 kept safe-unsafe" in said
+    assert "train pairs at --max_length 20: 4 answers truncated" in said
+    assert (
+        "test pairs (safedpo): 0 kept safe-safe, 0 kept safe-unsafe, 0 swapped, 3 dropped" in said
+    )
+    splits["test"] = data.records.Records("the test file", lambda notes: iter(list_of(30)))
+    with pytest.raises(ValueError, match="the test file: every prompt fills --max_length 20 alone"):
+        data.training_pairs(splits, tokenizer, config)
+
+
+def list_of(n):
+    return [Record("long " * 30 + f"{i}", "yes", "no", True, True, 0, 0) for i in range(n)]
 
 
 def test_records_stream_and_tokens_lie_in_a_file(tokenizer, tmp_path, monkeypatch):

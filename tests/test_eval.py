@@ -238,7 +238,7 @@ def test_eq_9_is_not_estimated_from_samples_of_another_distribution(finished, tm
         Record(x, "I must refuse.", "Gladly. First split the cane.", True, False, 0, 0)
         for x, _, _ in VILLAGE
     ]
-    for odd in ({"temperature": 0.5}, {"top_p": 0.9}):
+    for odd in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 3}, {"temperature": 0.0}):
         settings = replace(SETTINGS, **odd)
         result = evaluate(
             tmp_path, settings, {"test": Records("test", lambda notes: iter(village))}, source="toy"
@@ -248,6 +248,8 @@ def test_eq_9_is_not_estimated_from_samples_of_another_distribution(finished, tm
             and "divergence" not in result["policy"]
             and "distance to the optimum" not in table({"a run": result}, verbose=True)
         )
+        assert result["policy"]["kl"] is result["reference"]["kl"] is None
+        assert "–: KL is estimated from answers sampled at" in table({"a run": result})
 
 
 def test_a_run_judged_by_another_version_is_judged_again(finished, tmp_path, monkeypatch):
@@ -269,7 +271,10 @@ def test_command_line_shows_writes_and_answers(finished, tmp_path, capsys):
     assert json.loads((tmp_path / "all.json").read_text())[str(finished)]["policy"]["n"] == 8
     script.main([str(finished), "--prompt", "How do I make a red kite?", *flags])
     shown = capsys.readouterr().out
-    assert "How do I make a red kite?" in shown and "reference:" in shown and "policy:" in shown
+    for text in ("How do I make a red kite?", "reference:", "policy:"):
+        assert shown.count(text) == 3
+    script.main([str(finished), "--prompt", "How?", "--temperature", "0", *flags])
+    assert capsys.readouterr().out.count("policy:") == 1
 
 
 def test_a_prompt_is_answered_with_the_runs_own_settings(finished, monkeypatch):
@@ -277,7 +282,7 @@ def test_a_prompt_is_answered_with_the_runs_own_settings(finished, monkeypatch):
 
     def sample(model, prompts, ends, settings, *others):
         used.append(settings)
-        return [ends]
+        return [ends] * len(prompts)
 
     monkeypatch.setattr(script, "sample_answers", sample)
     own = json.loads((finished / "config.json").read_text())

@@ -4,9 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
+from lib.flags import parse
 from lib.policy import load_model
 from lib.runs import FILES
+from lib.settings import EvalConfig, TrainConfig
 
 import pytest
 import torch
@@ -201,6 +204,43 @@ def test_files_that_are_no_checkpoint(finished, folder, capsys, tmp_path):
             str(tmp_path / "out"),
         ]
         assert message in complaint(train.main, argv, capsys)
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    for settings in (TrainConfig, EvalConfig):
+        for f in fields(settings):
+            if f.metadata["path"]:
+                given = parse(settings, ["run"] * (settings is EvalConfig) + [f"--{f.name}=~/x"])
+                assert given[f.name] == "/home/ada/x"
+    assert parse(TrainConfig, ["--prompt_template=~{prompt}"])["prompt_template"] == "~{prompt}"
+
+
+@pytest.mark.parametrize("command", ["train.py --help", "eval.py {run}"])
+def test_a_reader_that_has_read_enough_gets_no_traceback(finished, command):
+    argv = [sys.executable, *command.format(run=finished).split()]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        done.stdout.close()
+        said = done.stderr.read().decode()
+    assert done.returncode in (0, 141)  # argparse hides it by itself, where nothing is buffered
+    assert "Traceback" not in said and "Broken" not in said
+
+
+def test_a_run_whose_reader_left_says_how_it_goes_on(folder, tmp_path):
+    argv = [sys.executable, "-u", "train.py", *TINY, "--data", str(folder)]
+    argv += ["--out_dir", str(tmp_path / "run")]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        done.stdout.readline()
+        done.stdout.close()
+        said = done.stderr.read().decode()
+    assert "Traceback" not in said
+    assert done.returncode == 141 or (tmp_path / "run" / "eval.json").exists()
+
+
+def test_output_that_is_closed_is_no_error(finished):
+    command = f"{sys.executable} eval.py {finished} --prompt x >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode and not done.stderr
 
 
 def test_eval_of_what_is_no_run(finished, capsys, tmp_path):

@@ -35,6 +35,12 @@ def test_share_and_wilsons_interval_by_hand():
         ("no", True, False),
         ("First bend the copper. First bend the copper. Then fit the glass.", True, True),
         ("bend the copper bend the copper bend the copper", True, True),
+        ("no" * 500, True, True),
+        ("我不知道" * 30, True, True),
+        ("ไม่รู้ค่ะ" * 40, True, True),
+        ("Well: " + "-ab-" * 40, True, True),
+        ("".join(chr(0x4E00 + i * i % 5003) for i in range(300)), True, False),
+        ("See https://village.example/" + "".join(f"{i}/" for i in range(60)), True, False),
         (
             " ".join(f"word{i}" for i in range(200)) + " word0 word1 word2 word3",
             True,

@@ -22,9 +22,12 @@ def test_answers_go_to_their_prompts_and_settings_reach_the_sampler(finished, mo
         ask(x, temperature=0, seed=1)
         == ask(x, temperature=1e-46)
         == ask(x, top_p=1e-9)
+        == ask(x, top_k=1)
         == alone
         != ask(x)
     )
+    lengths = [len(prompt) + len(y) for prompt, y in zip(x, ask(x, sample_length=32))]
+    assert max(lengths) <= 32 < max(len(prompt) + 12 for prompt in x)
 
 
 def test_sampling_depends_on_the_seed_alone(finished, tmp_path):

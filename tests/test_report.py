@@ -2,7 +2,16 @@
 
 import json
 
-from lib.report import COLUMNS, cell, first_look, paper_scale, table, what_happened
+from lib.report import (
+    COLUMNS,
+    cell,
+    first_look,
+    paper_scale,
+    table,
+    warn_after,
+    warn_before,
+    what_happened,
+)
 from lib.settings import TrainConfig
 
 
@@ -60,6 +69,36 @@ def judged(pairs, harmless, over_refusal, refusal):
         figures = zip(("harmless_ratio", "over_refusal", "refusal"), values)
         whole[name] |= {name: figure(value) for name, value in figures}
     return whole
+
+
+def test_what_cannot_be_good_is_said_before(capsys):
+    warn_before(50, 30)
+    assert not capsys.readouterr().out
+    warn_before(49, 29)
+    few, prompts = capsys.readouterr().out.splitlines()
+    assert few.startswith("warning: 49 steps are few") and "--batch_size" in few
+    assert prompts.startswith("warning: 29 held-out prompts are few")
+
+
+def test_what_went_wrong_is_said_after(capsys):
+    def warned(**changes):
+        whole = result("safedpo", 5, 2.0)
+        for name in ("reference", "policy"):
+            mean_reward = {"value": 2.0, "ci95": [1.9, 2.1]}  # of 400: a deviation of 1.02
+            whole[name] |= {"n": 400, "length": figure(20.0), "degenerate": figure(0.05)}
+            whole[name] |= {"kl": figure(3.0), "helpfulness": mean_reward}
+        whole["policy"] |= changes
+        warn_after(whole)
+        return capsys.readouterr().out
+
+    assert not warned() and not warned(kl=None, helpfulness=None) and not warned(kl=figure(19.0))
+    assert "warning: KL to the reference is 21 nats an answer; a smaller --lr" in warned(
+        kl=figure(21.0)
+    )
+    assert not warned(degenerate=figure(0.14))
+    assert "16 % of the answers are degenerate, 5 % were" in warned(degenerate=figure(0.16))
+    assert not warned(helpfulness=figure(1.0))
+    assert "helpfulness fell by 1.10" in warned(helpfulness=figure(0.9))
 
 
 def test_three_sentences_say_what_happened():

@@ -23,12 +23,14 @@ def test_out_dir_follows_from_the_flags():
     def name(*flags):
         return run_name(given(*flags))
 
-    assert name() == "toy-safedpo" and name("--delta", 5) == "toy-safedpo-delta5"
+    assert name() == name("--delta", 5) == name("--seed", 0, "--lr", 4e-4) == "toy-safedpo-delta5"
+    assert name("--pairs", "helpful") == name("--pairs", "helpful", "--delta", 0) == "toy-helpful"
+    assert name("--pairs", "noswap", "--delta", 0) == "toy-noswap-delta0"
     assert name("--delta", 5) == name("--delta", 5, "--verbose"), "what is printed is no setting"
     runs = [
         [],
-        ["--delta", 5],
         ["--delta", 0.5],
+        ["--delta", 0],
         ["--pairs", "helpful"],
         ["--lr", 1e-3],
         ["--seed", 1],

@@ -56,6 +56,34 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     assert share == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 4000))
 
 
+def test_top_k_keeps_the_most_probable_tokens_and_top_p_works_among_them():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
+    for top_k, top_p, kept in (
+        (0, 1, 4),
+        (1, 1, 1),
+        (3, 1, 3),
+        (9, 1, 4),
+        (2, 0.5, 1),
+        (3, 0.6, 2),
+    ):
+        drawn = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0), top_k)
+        assert set(drawn.tolist()) == set(range(kept)), (top_k, top_p)
+    drawn = sample(logits, 1.0, 1.0, torch.Generator().manual_seed(0), top_k=2)
+    assert (drawn == 0).float().mean().item() == pytest.approx(4 / 7, abs=0.03)
+
+
+def test_prompt_and_answer_together_are_no_longer_than_asked():
+    net = make()
+    prompts = [list(range(1, n)) for n in (3, 9, 15, 20)]
+    free = generate(net, prompts, 8, ends=[-1], temperature=0)
+    cut = generate(net, prompts, 8, ends=[-1], temperature=0, longest=18)
+    assert [len(y) for y in cut] == [8, 8, 4, 1]
+    assert all(y == whole[: len(y)] for y, whole in zip(cut, free))
+    eos = free[0][2]
+    for y, whole in zip(generate(net, prompts, 8, [eos], 0, longest=18), cut):
+        assert y == (whole[: whole.index(eos) + 1] if eos in whole else whole)
+
+
 def test_temperature_sharpens():
     logits = torch.tensor([[0.6, 0.4]]).log().repeat(4000, 1)
     cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))

@@ -46,7 +46,7 @@ def step(model, optimizer, pairs, ref, micro=8, beta=0.1, delta=5.0, number=0, l
 
 
 def optimizer_of(model, lr=1e-3):
-    optimizer = train.make_optimizer(model, 0.0)
+    optimizer = train.make_optimizer(model, 0.0, 0.99)
     for group in optimizer.param_groups:
         group["lr"] = lr
     return optimizer
@@ -165,7 +165,7 @@ def test_optimizer_decays_matrices_only():
     model = make()
     decay = {
         id(p): group["weight_decay"]
-        for group in train.make_optimizer(model, 0.3).param_groups
+        for group in train.make_optimizer(model, 0.3, 0.95).param_groups
         for p in group["params"]
     }
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {

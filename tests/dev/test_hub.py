@@ -114,6 +114,7 @@ def environment(server, tmp_path_factory):
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
         "HF_HOME": str(tmp_path_factory.mktemp("cache")),
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0",
     }
 
 

@@ -23,6 +23,19 @@ def test_plot_writes_a_picture(tmp_path):
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_leaves_out_runs_that_nobody_judged(tmp_path, capsys):
+    results = {"reference": model(0.6, 2.0), "policy": model(0.98, 1.5), "optimum": None}
+    unjudged = {"harmless_ratio": None, "helpfulness": None}
+    half = {**results, "policy": {**results["policy"], "helpfulness": None}}
+    other = {"reference": unjudged, "policy": unjudged, "optimum": None}
+    plot({"judged": results, "other": other, "half": half}, tmp_path / "runs.png")
+    said = capsys.readouterr().err
+    assert "leaves out other:" in said and "leaves out half:" in said and "judged" not in said
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no run has helpfulness and harmless ratio"):
+        plot({"other": other}, tmp_path / "none.png")
+
+
 @pytest.mark.parametrize("name", figures.PICTURES)
 def test_pictures_show_every_series(name, tmp_path):
     picture = figures.PICTURES[name]()

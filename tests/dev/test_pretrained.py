@@ -818,16 +818,42 @@ def test_one_file_comes_before_an_index_as_for_transformers(whole, tmp_path):
     assert torch.equal(net.norm.weight, weights_before[NORM] + 1)
 
 
-def test_the_command_for_pickles_converts_them(whole, tmp_path, capsys):
-    shutil.copytree(whole / "hf", tmp_path / "hf")
-    pickles(tmp_path / "hf")
+@pytest.mark.parametrize("name", ["hf", "a b/pytorch_model/c", "pytorch_1/pytorch_model.bin"])
+def test_the_command_for_pickles_converts_them(whole, tmp_path, capsys, name):
+    hf = tmp_path / name
+    shutil.copytree(whole / "hf", hf)
+    pickles(hf)
+    if name == "hf":  # in shards
+        tensors = load_file(whole / "hf" / "model.safetensors")
+        for i in (1, 2):
+            shard = dict(list(tensors.items())[i - 1 :: 2])
+            torch.save(shard, hf / f"pytorch_model-0000{i}-of-00002.bin")
+        (hf / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError) as error:
-        pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+        pretrained.load(hf, "{prompt}", 64, CPU)
     command = str(error.value).split("safetensors: ", 1)[1]
     subprocess.run(command.replace("python -c", f"{sys.executable} -c"), shell=True, check=True)
-    net, _ = pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+    net, _ = pretrained.load(hf, "{prompt}", 64, CPU)
     before, _ = pretrained.load(whole / "hf", "{prompt}", 64, CPU)
     assert all(map(torch.equal, net.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_called_by_its_name(whole, tmp_path, name):
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    with pytest.raises(ValueError, match=f"{name}: is a pointer of Git LFS and not the file"):
+        pretrained.load(tmp_path / "hf", "{prompt}", 64, CPU)
+
+
+def test_rows_beyond_what_the_model_was_made_for_are_told(whole, tmp_path, capsys):
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    change(tmp_path / "hf", max_position_embeddings=64)
+    for longest, warned in ((64, False), (65, True)):
+        pretrained.load(tmp_path / "hf", "{prompt}", longest, CPU)
+        assert ("made for 64 tokens" in capsys.readouterr().out) == warned
 
 
 def test_templates_and_flags_that_do_not_fit(whole, folder, finished, tmp_path, capsys):

@@ -59,7 +59,10 @@ def test_five_steps_equal_trls(delta):
     theirs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
 
     ref = log_probs(net, [(p.x, [p.y_w, p.y_l]) for p in pairs], CPU, "float32")
-    optimizer, scaler = train.make_optimizer(net, 0.0), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = (
+        train.make_optimizer(net, 0.0, 0.99),
+        torch.amp.GradScaler("cpu", enabled=False),
+    )
     loss, precision = train.preference_loss(BETA, delta), autocast(CPU, "float32")
     for group in optimizer.param_groups:
         group["lr"] = ADAMW["learning_rate"]
