@@ -33,7 +33,7 @@ def export(folder, target, dtype, held_out, beta, device):
         return
     for dtype in dtypes:
         pretrained.export(*policy, target, dtype)
-        written = pretrained.load(target, None, 0, device)
+        written = pretrained.load(target, None, 0, device, policy[1].date)
         kept = margin_of(logps_of(*written, held_out, device), reference, beta)
         if dtype == dtypes[-1] or abs(kept - margin) <= MOST_LOST * abs(margin):
             break

@@ -38,35 +38,72 @@ MAKE_TOKENIZER = (
 )
 
 
-def load_tokenizer(folder, template=None):
+def load_tokenizer(folder, template=None, date=None):
     """The Tokenizer of the folder's tokenizer.json. ValueError names what is missing or unusable.
 
     template: a text with {prompt} in it; None takes the folder's own chat template. What
-    tokenizer.json puts before each text, such as BOS, stands before such a text too. The ids that
-    end a sampled answer are those of all files. The one that ends an answer in training is the one
-    that the chat template writes behind one, else the tokenizer's.
+    tokenizer.json puts before each text, such as BOS, stands before such a text too. date: as
+    Tokenizer has it. The ids that end a sampled answer are those of all files. The one that ends an
+    answer in training is the one that the chat template writes behind one, else the tokenizer's.
     """
+    files, decoded = read_files(folder)
+    settings = decoded.get("special_tokens_map.json", {}) | decoded.get("tokenizer_config.json", {})
+    bpe, eos, first = checked_bpe(folder, files, decoded, settings)
+    if template is None:
+        source, first = find_chat_template(files), []  # it writes its BOS itself
+    else:
+        source = jinja_of_text(without(first, template, bpe), eos)
+    if source is None:
+        raise ValueError(
+            f"{folder}: has no chat template; expected --prompt_template TEXT, with {{prompt}} in "
+            f"it, or one of {', '.join(TEMPLATES)}"
+        )
+    variables = {
+        name: token_text(value)
+        for name, value in settings.items()
+        if name.endswith("_token") and isinstance(value, (str, dict))
+    }
+    ends = {"tokenizer_config.json": {bpe.token_to_id(eos)}}
+    for name in ("generation_config.json", "config.json"):
+        ends[name] = token_ids(decoded.get(name, {}).get("eos_token_id"), bpe)
+    try:
+        trained = end_of_answer(source, variables, bpe) or bpe.token_to_id(eos)
+        every = set().union(*ends.values())
+        serialized = files["tokenizer.json"].decode()
+        tokenizer = Tokenizer(serialized, source, trained, every, first, variables, date, files)
+    except ValueError as e:
+        raise ValueError(f"{folder / 'tokenizer.json'}: {e}")
+    if any(ids and trained not in ids for ids in ends.values()):
+        said = (f"{names_of(ids, bpe)} in {name}" for name, ids in ends.items() if ids)
+        print(
+            f"{folder}: an answer ends in {', '.join(said)}. In training it ends in "
+            f"{names_of([trained], bpe)}; each of them ends a sampled one"
+        )
+    return tokenizer
+
+
+def read_files(folder):
+    """({name: bytes} of the files that --export carries over, {name: decoded} of the settings)."""
     path = folder / "tokenizer.json"
-    make_tokenizer = MAKE_TOKENIZER.format(shlex.quote(str(folder)))
     if not path.exists():
         raise ValueError(
-            f"{path}: no such file; where there is a tokenizer.model, {make_tokenizer}"
+            f"{path}: no such file; where there is a tokenizer.model, {make_tokenizer(folder)}"
         )
     checkpoint.refuse_pointer(path)
     files = {n: (folder / n).read_bytes() for n in COPIED_FILES if (folder / n).exists()}
-    decoded = {n: checkpoint.read_json(folder / n) for n in files if n in SETTINGS_FILES}
-    settings = decoded.get("special_tokens_map.json", {}) | decoded.get("tokenizer_config.json", {})
+    return files, {n: checkpoint.read_json(folder / n) for n in files if n in SETTINGS_FILES}
+
+
+def checked_bpe(folder, files, decoded, settings):
+    """(the library's tokenizer, its EOS as text, the ids that it puts before each text)."""
+    path = folder / "tokenizer.json"
     try:
-        serialized = files["tokenizer.json"].decode()
-        bpe = load_bpe(serialized)
+        bpe = load_bpe(files["tokenizer.json"].decode())
         encoded = bpe.encode("x", add_special_tokens=True)
-        added = {token.content for token in bpe.get_added_tokens_decoder().values()}
+        added = added_texts(bpe)
         eos = token_text(settings.get("eos_token"))
         decoder = settings.get("added_tokens_decoder") or {}
-        missing = {
-            *decoded.get("added_tokens.json", {}),
-            *map(token_text, decoder.values()),
-        } - added
+        others = {*decoded.get("added_tokens.json", {}), *map(token_text, decoder.values())}
     except Exception as e:  # the library raises nothing more specific
         raise ValueError(
             f"{path}: cannot be used ({str(e).splitlines()[0]}); "
@@ -77,42 +114,21 @@ def load_tokenizer(folder, template=None):
             f"{folder / 'tokenizer_config.json'}: eos_token is {eos}; "
             "expected one of tokenizer.json's added_tokens"
         )
-    if missing:
+    if others - added:
         raise ValueError(
-            f"{path}: lacks {min(missing)}, which files beside it add; {make_tokenizer}"
+            f"{path}: lacks {min(others - added)}, which files beside it add; "
+            f"{make_tokenizer(folder)}"
         )
     mask = encoded.special_tokens_mask  # 1 at special tokens, 0 at those of "x"
-    first = encoded.ids[: mask.index(0)] if 0 in mask else []
-    variables = {
-        name: token_text(value)
-        for name, value in settings.items()
-        if name.endswith("_token") and isinstance(value, (str, dict))
-    }
-    if template is None:
-        source, first = find_chat_template(files), []  # it writes its BOS itself
-    else:
-        source = jinja_of_text(without(first, template, bpe), eos)
-    if source is None:
-        raise ValueError(
-            f"{folder}: has no chat template; expected --prompt_template TEXT, with {{prompt}} in "
-            f"it, or one of {', '.join(TEMPLATES)}"
-        )
-    try:
-        trained = end_of_answer(source, variables, bpe, added) or bpe.token_to_id(eos)
-        ends = {"tokenizer_config.json": {bpe.token_to_id(eos)}}
-        for name in ("generation_config.json", "config.json"):
-            ends[name] = token_ids(decoded.get(name, {}).get("eos_token_id"), bpe)
-        every = set().union(*ends.values())
-        tokenizer = Tokenizer(serialized, source, trained, every, first, variables, files=files)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}")
-    if any(ids and trained not in ids for ids in ends.values()):
-        said = (f"{names_of(ids, bpe)} in {name}" for name, ids in ends.items() if ids)
-        print(
-            f"{folder}: an answer ends in {', '.join(said)}. In training it ends in "
-            f"{names_of([trained], bpe)}; each of them ends a sampled one"
-        )
-    return tokenizer
+    return bpe, eos, encoded.ids[: mask.index(0)] if 0 in mask else []
+
+
+def make_tokenizer(folder):
+    return MAKE_TOKENIZER.format(shlex.quote(str(folder)))
+
+
+def added_texts(bpe):
+    return {token.content for token in bpe.get_added_tokens_decoder().values()}
 
 
 def find_chat_template(files):
@@ -131,11 +147,11 @@ def without(first, template, bpe):
     return template.removeprefix("".join(map(bpe.id_to_token, first)))
 
 
-def end_of_answer(source, variables, bpe, added):
+def end_of_answer(source, variables, bpe):
     """The id of the added token that a chat template writes behind an answer, or None."""
     _, behind = Template(source, variables, "2026-01-01").around_answer()
     ids = bpe.encode(behind.strip(), add_special_tokens=False).ids
-    return ids[0] if ids and bpe.id_to_token(ids[0]) in added else None
+    return ids[0] if ids and bpe.id_to_token(ids[0]) in added_texts(bpe) else None
 
 
 def token_ids(value, bpe):

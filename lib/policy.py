@@ -100,7 +100,8 @@ def initial_model(config, device):
         )
     if is_ours:
         return load_model(source / "policy.pt" if source.is_dir() else source, device)
-    return pretrained.load(source, template, config.max_length + config.max_new_tokens, device)
+    longest = config.max_length + config.max_new_tokens
+    return pretrained.load(source, template, longest, device, config.date)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,13 +24,14 @@ import torch
 from model import Transformer
 
 
-def load(folder, template, longest, device):
+def load(folder, template, longest, device, date=None):
     """(model in float32, its tokenizer) of a Hugging Face folder.
 
-    longest: tokens of the longest row that the model will see. ValueError names what does not fit.
+    longest: tokens of the longest row that the model will see. date: the day that a chat template
+    calls today; None is today. ValueError names what does not fit.
     """
     folder = Path(folder)
-    tokenizer = hf_tokenizer.load_tokenizer(folder, template)
+    tokenizer = hf_tokenizer.load_tokenizer(folder, template, date)
     files = weight_files(folder)
     hf, config = read_config(folder, tokenizer, longest)
     model = empty_model(Transformer, config, device)

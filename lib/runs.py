@@ -1,5 +1,6 @@
 """A run's folder: its name and flags, who may write into it, and the figures in it."""
 
+import datetime
 import hashlib
 import json
 import os
@@ -55,12 +56,17 @@ def open_run(given):
             "--fsdp does not go with --dtype float16, whose gradients must be scaled; "
             "expected bfloat16 or float32"
         )
+    try:
+        datetime.date.fromisoformat(config.date or "2026-01-31")
+    except ValueError:
+        raise ValueError(f"--date {config.date}: is no day; expected one as 2026-01-31")
     if not config.init_from and config.sft_epochs == 0:
         raise ValueError("--sft_epochs 0 needs a model to start from; expected --init_from FOLDER")
     defaults = {
         "delta": DELTA[config.pairs],
         "sft_epochs": 0 if config.init_from else 1,
         "prompt_template": None if config.init_from else "plain",
+        "date": datetime.date.today().isoformat(),
     }
     left_out = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return replace(config, **left_out, out_dir=str(folder)), folder

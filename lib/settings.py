@@ -54,6 +54,9 @@ class TrainConfig(Settings):
         "left out: plain, or the model's own",
         kind=str,
     )
+    date: str = flag(
+        None, "the day that a chat template may name, as 2026-01-31; left out: today", kind=str
+    )
     pairs: str = flag("safedpo", "how pairs are ordered", choices=tuple(PAIR_CHOICES))
     beta: float = flag(2.0, "β of the loss", above=0)
     delta: float = flag(
