@@ -32,7 +32,7 @@ def path_of(name, kind, patterns):
 
     A name that cannot be the hub's is a path, whether there is something or not.
     """
-    path, parts = Path(name), NAME.fullmatch(name)
+    path, parts = Path(name), NAME.fullmatch(str(name))
     if path.exists() or not parts:
         return path
     if path.suffix.lower() in (".pt", *READERS):

@@ -7,6 +7,7 @@ prompt or an answer is text.
 
 import datetime
 import json
+from contextlib import suppress
 from typing import NamedTuple
 
 from lib.chat import MARK, MARKS, Message, Template, jinja_of_text, mark, messages_of
@@ -70,9 +71,13 @@ class Tokenizer:
                     "expected it as an added token in tokenizer.json"
                 )
         self._layouts = {}
-        fixed = (i for i in self._layout(("user",)) if isinstance(i, int))
+        layout = self._layout(("user",))
+        for roles in (("system", "user"), ("user", "assistant", "user")):
+            with suppress(ValueError):  # a template need not take these
+                layout = layout + self._layout(roles)
+        in_template = (i for i in layout if isinstance(i, int))
         in_texts = self.bpe.get_vocab(with_added_tokens=False).values()
-        self.vocab_size = max(*in_texts, *self.ends, *fixed) + 1
+        self.vocab_size = max(*in_texts, *self.ends, *in_template) + 1  # others never come
 
     @classmethod
     def train(cls, records, vocab_size, template):

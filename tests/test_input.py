@@ -344,6 +344,21 @@ def write(path, *splits):
     return str(path)
 
 
+@pytest.mark.parametrize("pairs", ["helpful", "safedpo", "harmless"])
+def test_a_test_split_of_unsafe_answers_alone_stops_nothing(rows, capsys, tmp_path, pairs):
+    unsafe = {"is_response_0_safe": False, "is_response_1_safe": False}
+    data = write(tmp_path, rows["train"], [{**row, **unsafe} for row in rows["test"][:9]])
+    run = tmp_path / "run"
+    train.main([*TINY, "--data", data, "--pairs", pairs, "--out_dir", str(run)])
+    said = capsys.readouterr().out
+    assert (
+        "test pairs (safedpo): 0 kept safe-safe, 0 kept safe-unsafe, 0 swapped, 9 dropped" in said
+    )
+    result = json.loads((run / "eval.json").read_text())
+    assert result["policy"]["preferences"] == {} and result["policy"]["n"] == 8
+    eval_room.main([str(run), "--device", "cpu", "--verbose"])
+
+
 def test_data_of_one_kind(rows, capsys, tmp_path):
     label = lambda *safe: [
         {**row, "is_response_0_safe": safe[0], "is_response_1_safe": safe[1]}

@@ -838,6 +838,39 @@ def test_the_command_for_pickles_converts_them(whole, tmp_path, capsys, name):
     assert all(map(torch.equal, net.parameters(), before.parameters()))
 
 
+@pytest.mark.parametrize(
+    "template, fits",
+    [
+        ("{{ messages[0].content }}", True),
+        ("{{ messages[0].content }}<pad99>", False),
+        ("{% for m in messages %}{% if m.role == 'system' %}<pad99>{% endif %}{{ m.content }}"
+         "{% endfor %}", False),
+    ],
+)  # fmt: skip
+def test_a_token_beyond_the_embedding_is_no_trouble_where_nothing_writes_it(
+    whole, folder, tmp_path, template, fits
+):
+    """As a pad token often is, which somebody added to the tokenizer and not to the model."""
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "tokenizer.json"
+    bpe = BPE.from_file(str(path))
+    bpe.add_special_tokens([f"<pad{i}>" for i in range(100)])
+    bpe.save(str(path))
+    assert bpe.token_to_id("<pad99>") >= 420, "config.json's vocab_size"
+    change(tmp_path / "hf", "tokenizer_config.json", pad_token="<pad99>", chat_template=template)
+    (tmp_path / "hf" / "chat_template.jinja").unlink(missing_ok=True)
+    if not fits:
+        with pytest.raises(ValueError, match="vocab_size is 420, and tokenizer.json has ids up to"):
+            pretrained.load(tmp_path / "hf", None, 64, CPU)
+        return
+    net, tokenizer = pretrained.load(tmp_path / "hf", None, 64, CPU)
+    (ids,) = tokenizer.prompts(["pad <pad99> here"])
+    assert max(ids + tokenizer.answers(["<pad99>"])[0]) < net.config.vocab_size == 420
+    flags = dict(init_from=tmp_path / "hf", data=folder, out_dir=tmp_path / "run")
+    train.main(argv(**flags))
+    eval_room.main([str(tmp_path / "run"), "--export", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_pointer_of_git_lfs_is_called_by_its_name(whole, tmp_path, name):
     shutil.copytree(whole / "hf", tmp_path / "hf")
