@@ -83,7 +83,7 @@ def counted_pairs(split, choice, tokenizer, max_length, name):
     templated = cuts.pop(TEMPLATED)
     about = [f"{name} pairs ({choice}): " + listed(chosen)]
     if any(cuts.values()):
-        about.append(f"{name} pairs at --max_length {max_length}: {listed(cuts)}")
+        about.append(f"{name} pairs at --max_length {max_length}: {listed(+cuts)}")
     if templated:
         about.append(f"{templated} {name} pairs {TEMPLATED}")
     return pairs, about

@@ -27,7 +27,7 @@ import torch
 import data
 from village import limit, world
 
-EXPORT_RECORDS = 200  # test records on which an exported policy is measured
+EXPORT_RECORDS = 32  # test records on which an exported policy is measured
 SHOWN_ANSWERS = 3  # of each model to --prompt
 VERSION = 3  # of the figures: a run that an earlier version judged is judged again
 

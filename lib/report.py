@@ -297,8 +297,8 @@ def warn_before(steps, prompts):
         )
     if prompts < FEW_PROMPTS:
         warn(
-            f"{prompts} held-out prompts are few to judge by; look at the intervals, or put more "
-            "prompts into the test split"
+            f"{prompts} held-out prompts are few to judge by; a larger --eval_prompts or test "
+            "split gives more"
         )
 
 

@@ -20,6 +20,20 @@ SHORT = (
 TINY = (
     "--n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 16 --vocab_size 400".split() + SHORT
 )  # a second or two
+ROW = {  # in PKU-SafeRLHF's format
+    "prompt": "x?",
+    "response_0": "yes",
+    "response_1": "no",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "better_response_id": 0,
+    "safer_response_id": 0,
+}
+
+
+def row(**changes):
+    """ROW with changes; ... takes a field out."""
+    return {k: v for k, v in {**ROW, **changes}.items() if v is not ...}
 
 
 def pytest_addoption(parser):

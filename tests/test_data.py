@@ -14,6 +14,7 @@ from lib.tokenizer import Tokenizer
 
 import pytest
 import torch
+from conftest import row
 from tokenizers import Tokenizer as BPE
 from tokenizers import models
 
@@ -145,19 +146,9 @@ def list_of(n):
 def test_records_stream_and_tokens_lie_in_a_file(tokenizer, tmp_path, monkeypatch):
     """Tokenizing a file takes no memory that grows with it, but for 26 bytes a pair."""
     monkeypatch.setattr(data, "AT_ONCE", 100)
-    row = {
-        "response_0": "yes",
-        "response_1": "no",
-        "is_response_0_safe": True,
-        "is_response_1_safe": False,
-        "better_response_id": 0,
-        "safer_response_id": 0,
-    }
     path, n = tmp_path / "train.jsonl", 10000
     path.write_text(
-        "".join(
-            json.dumps({"prompt": f"prompt {i} " + "word " * 100, **row}) + "\n" for i in range(n)
-        )
+        "".join(json.dumps(row(prompt=f"prompt {i} " + "word " * 100)) + "\n" for i in range(n))
     )
     tracemalloc.start()
     pairs, _ = encode(

@@ -10,20 +10,7 @@ from lib.formats import FORMATS, Answer, Record
 from lib.records import Records, flip_flags, load
 
 import pytest
-
-ROW = {
-    "prompt": "x?",
-    "response_0": "yes",
-    "response_1": "no",
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-    "better_response_id": 0,
-    "safer_response_id": 0,
-}
-
-
-def row(**changes):
-    return {k: v for k, v in {**ROW, **changes}.items() if v is not ...}
+from conftest import ROW, row
 
 
 def records_of(rows, name="PKU-SafeRLHF", notes=None):

@@ -11,23 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import SHORT
+from conftest import SHORT, row
 
 ROOT = Path(__file__).parents[2]
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-ROW = {
-    "prompt": "x?",
-    "response_0": "yes",
-    "response_1": "no",
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-    "better_response_id": 0,
-    "safer_response_id": 0,
-}
 
 
 def lines(n, word):
-    return "".join(json.dumps({**ROW, "prompt": f"{word} {i}?"}) + "\n" for i in range(n)).encode()
+    return "".join(json.dumps(row(prompt=f"{word} {i}?")) + "\n" for i in range(n)).encode()
 
 
 REPOSITORIES = {
