@@ -191,7 +191,8 @@ def export_policy(config):
     flags, device = runs.finished_run(config.runs[0]), pick_device(config.device)
 
     def held_out(tokenizer):
-        split = itertools.islice(data.load(flags["data"])["test"], EXPORT_RECORDS)
+        test = data.load(config.data or flags["data"])["test"]
+        split = itertools.islice(test, EXPORT_RECORDS)
         return data.Examples(data.held_out_pairs(split, tokenizer, flags["max_length"]))
 
     export(config.runs[0], config.export, config.export_dtype, held_out, flags["beta"], device)

@@ -238,5 +238,5 @@ def refuse_pointer(path):
 
 def show(value):
     """value as JSON, cut to what fits into an error's line."""
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)  # Parquet has values that JSON does not
     return text if len(text) <= 60 else text[:57] + "..."

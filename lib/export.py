@@ -1,6 +1,5 @@
 """A run's policy as a Hugging Face folder, and what that folder keeps of what was learned."""
 
-import shutil
 from pathlib import Path
 
 from lib import pretrained
@@ -20,42 +19,46 @@ def export(folder, target, dtype, held_out, beta, device):
     on the folder that was written.
     """
     folder, target = Path(folder), Path(target)
-    pretrained.check_new(target)
-    policy = load_model(folder / "policy.pt", device)
-    dtypes = [pretrained.dtype_of(policy[1]), "float32"] if dtype == "auto" else [dtype]
-    reference = logps_of(*load_model(folder / "reference.pt", device), held_out, device)
-    margin = margin_of(logps_of(*policy, held_out, device), reference, beta)
-    if margin is None:
-        pretrained.export(*policy, target, dtypes[-1])
-        print(
-            f"{target}: the policy of {folder} in {dtypes[-1]}; no held-out pair to measure it on"
+    with pretrained.new_folder(target) as part:
+        policy = load_model(folder / "policy.pt", device)
+        reference = load_model(folder / "reference.pt", device)
+        wanted = [pretrained.dtype_of(policy[1]), "float32"] if dtype == "auto" else [dtype]
+        try:
+            reference = logps_of(*reference, held_out, device)
+            margin = margin_of(logps_of(*policy, held_out, device), reference, beta)
+        except (ValueError, OSError) as e:
+            margin, wanted = None, wanted[-1:]
+            print(f"not measured on held-out pairs: {e}")
+        for dtype in wanted:
+            pretrained.export(*policy, part, dtype)
+            if margin is None:
+                break
+            written = pretrained.load(part, None, 0, device, policy[1].date)
+            kept = margin_of(logps_of(*written, held_out, device), reference, beta)
+            if dtype == wanted[-1] or abs(kept - margin) <= MOST_LOST * abs(margin):
+                break
+            print(
+                f"{dtype}, in which the model came, would turn a margin of {margin:.4g} into "
+                f"{kept:.4g}"
+            )
+    said = f"{target}: the policy of {folder} in {dtype}"
+    if margin is not None:
+        said += (
+            f", with a margin of {kept:.4g} on {len(reference)} held-out pairs; in the run it is "
+            f"{margin:.4g}"
         )
-        return
-    for dtype in dtypes:
-        pretrained.export(*policy, target, dtype)
-        written = pretrained.load(target, None, 0, device, policy[1].date)
-        kept = margin_of(logps_of(*written, held_out, device), reference, beta)
-        if dtype == dtypes[-1] or abs(kept - margin) <= MOST_LOST * abs(margin):
-            break
-        shutil.rmtree(target)
-        print(
-            f"{dtype}, in which the model came, would turn a margin of {margin:.4g} into {kept:.4g}"
-        )
-    print(
-        f"{target}: the policy of {folder} in {dtype}, with a margin of {kept:.4g} on "
-        f"{len(reference)} held-out pairs; in the run it is {margin:.4g}"
-    )
+    print(said)
 
 
 def logps_of(model, tokenizer, held_out, device):
-    """(n, 2) log-probs of the held-out pairs' winners and losers."""
+    """(n, 2) log-probs of the held-out pairs' winners and losers. ValueError if there is none."""
     pairs = held_out(tokenizer)
-    return log_probs(model, pairs, device, "float32") if len(pairs) else None
+    if not len(pairs):
+        raise ValueError("T drops the test split's first rows")
+    return log_probs(model, pairs, device, "float32")
 
 
 def margin_of(logps, reference, beta):
-    """The mean difference of the winners' and losers' implicit rewards, or None."""
-    if reference is None:
-        return None
+    """The mean difference of the winners' and losers' implicit rewards."""
     chosen, rejected = implicit_reward(logps, reference, beta).T
     return (chosen - rejected).mean().item()

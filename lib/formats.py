@@ -4,6 +4,7 @@ PKU-SafeRLHF's rows (the village's too), preference pairs as TRL, hh-rlhf and Sh
 and single answers, such as BeaverTails'. Each with labels of safety.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-from lib.chat import Message
+from lib.chat import Message, messages_of
 from lib.checkpoint import show
 
 
@@ -119,24 +120,36 @@ ROLES = {  # as they are called in data → as chat templates call them
     "gpt": "assistant",
 }
 TURN = re.compile(r"\n\n(Human|Assistant):")  # of hh-rlhf's texts
+WRITTEN = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")  # messages as text
 
 
 def messages(value, name, place):
     """The Messages of a conversation, or None where value is a text that is none.
 
-    A list of {"role", "content"} or of ShareGPT's {"from", "value"}, one of these alone, or
-    hh-rlhf's text. ValueError if it is something else.
+    A list of {"role", "content"} or of ShareGPT's {"from", "value"}, one of these alone, each of
+    them also as JSON in a text, as CSV has it; or hh-rlhf's text. ValueError if it is something
+    else.
     """
     if isinstance(value, str):
-        return turns_of_text(value) if TURN.match(value) and text(value) is not INVALID else None
+        if TURN.match(value) and text(value) is not INVALID:
+            return turns_of_text(value)
+        if not WRITTEN.match(value):
+            return None
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(
+                f"{place}: {name} seems to be messages, and is not JSON: {show(value)}; "
+                "expected JSON, or a .jsonl or .parquet file, which hold lists"
+            )
     turns = [value] if isinstance(value, dict) else value
-    if not turns or not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
+    if not turns or not isinstance(turns, list) or not all(map(is_message, turns)):
         raise ValueError(
             f"{place}: {name} is {show(value)}; expected a string or a list of messages"
         )
     found = []
     for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role, content = first_of(turn, ("role", "from")), first_of(turn, ("content", "value"))
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(
                 f"{place}: {name} has a message whose role is {show(role)}; "
@@ -148,6 +161,15 @@ def messages(value, name, place):
             )
         found.append(Message(ROLES[role], content))
     return tuple(found)
+
+
+def is_message(turn):
+    return isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from"))
+
+
+def first_of(row, names):
+    """The value of the first of the names that the row has, and that is not null."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def turns_of_text(value):
@@ -162,12 +184,9 @@ def turns_of_text(value):
 
 def prompt_in(row, name, place):
     """The prompt in the row's field of that name. ValueError if it is none."""
-    if name not in row:
-        raise ValueError(f"{place}: {name} is missing; expected a string or a list of messages")
     turns = messages(row[name], name, place)
     if turns is None:
-        (content,) = checked_values(row, {name: str}, place)
-        turns = (Message("user", content),)
+        turns = (Message("user", *checked_values(row, {name: str}, place)),)
     if turns[-1].role == "assistant" and not turns[-1].content.strip():  # hh-rlhf's end of a prompt
         turns = turns[:-1]
     return prompt_of(turns, row, name, place)
@@ -182,9 +201,8 @@ def prompt_of(turns, row, name, place):
         )
     if not turns[-1].content.strip():
         raise ValueError(f"{place}: {name} is empty; expected text")
-    system = row.get("system")
-    if isinstance(system, str) and system and turns[0].role != "system":
-        turns = (Message("system", system), *turns)
+    if row.get("system") and turns[0].role != "system":
+        turns = (Message("system", *checked_values(row, {"system": str}, place)), *turns)
     return turns[0].content if len(turns) == 1 else turns
 
 
@@ -202,34 +220,51 @@ def answer_in(row, name, place):
     return turns[:-1], turns[-1].content
 
 
+PROMPTS = ("prompt", "conversations")  # fields that may hold a prompt
+DIFFERENT = "rows are left out: an answer follows another prompt"
+
+
+def prompt_and_answers(row, names, place, notes):
+    """(prompt, answers) in the row's fields of those names; None where they do not fit together.
+
+    The prompt stands in a field of its own, or at the beginning of each answer, or both.
+    """
+    before, answers = zip(*(answer_in(row, name, place) for name in names))
+    field = next((n for n in PROMPTS if row.get(n) and n not in names), None)
+    prompts = [prompt_of(turns, row, name, place) for turns, name in zip(before, names) if turns]
+    if field:
+        prompts.insert(0, prompt_in(row, field, place))
+    elif len(prompts) < len(names):
+        raise ValueError(
+            f"{place}: prompt is missing; expected it in a field of its own, "
+            "or each answer as a conversation that begins with it"
+        )
+    if any(stripped(x) != stripped(prompts[0]) for x in prompts[1:]):
+        notes[DIFFERENT] += 1
+        return None
+    return prompts[0], answers
+
+
+def stripped(prompt):
+    return [(m.role, m.content.strip()) for m in messages_of(prompt)]
+
+
 # --------------------------------------------------------------------------------------------------
 # Formats: (row, place, notes) → a Record, an Answer, or None. notes counts what is left out
-
-PKU_TYPES = {
-    "response_0": str,
-    "response_1": str,
-    "better_response_id": int,
-    "safer_response_id": int,
-}
-PROMPTS = ("prompt", "conversations")  # fields that may hold a prompt
-CONVERSATIONS = ("messages", "conversations")  # fields that may hold a prompt and an answer
-SINGLE = ("response", "completion", *CONVERSATIONS)  # fields that may hold a single answer
-DIFFERENT = "rows are left out: their two answers follow different prompts"
 
 
 def pku_saferlhf(row, place, notes):
     """Other fields, as the release of 2024 has them, are ignored."""
-    x = prompt_in(row, "prompt", place)
-    y_0, y_1, better, safer = checked_values(row, PKU_TYPES, place)
-    safe = (is_safe(row, f"is_response_{i}_safe", place) for i in (0, 1))
-    return Record(x, y_0, y_1, *safe, better, safer)
+    found = prompt_and_answers(row, ("response_0", "response_1"), place, notes)
+    safe = [is_safe(row, f"is_response_{i}_safe", place) for i in (0, 1)]
+    ids = checked_values(row, {"better_response_id": int, "safer_response_id": int}, place)
+    return found and Record(found[0], *found[1], *safe, *ids)
 
 
 def preference_pair(row, place, notes):
     """The chosen answer is the better one.
 
-    The prompt stands in a field of its own, or at the beginning of both answers. Labels are
-    chosen_unsafe and rejected_unsafe, or chosen_safe and rejected_safe.
+    Labels are chosen_unsafe and rejected_unsafe, or chosen_safe and rejected_safe.
     """
     spellings = [s for s in ("unsafe", "safe") if f"chosen_{s}" in row or f"rejected_{s}" in row]
     if len(spellings) > 1:
@@ -237,38 +272,22 @@ def preference_pair(row, place, notes):
             f"{place}: both kinds of labels; expected chosen_unsafe and rejected_unsafe, "
             "or chosen_safe and rejected_safe"
         )
-    before, answers = zip(*(answer_in(row, name, place) for name in ("chosen", "rejected")))
-    name = next((name for name in PROMPTS if row.get(name)), None)
-    if name:
-        x = prompt_in(row, name, place)
-    elif before[0] != before[1]:
-        notes[DIFFERENT] += 1
-        return None
-    elif not before[0]:
-        raise ValueError(
-            f"{place}: prompt is missing; expected it in a field of its own, "
-            "or chosen and rejected as conversations that begin with it"
-        )
-    else:
-        x = prompt_of(before[0], row, "chosen", place)
-    for turns in filter(None, before):
-        if prompt_of(turns, row, "chosen", place) != x:
-            raise ValueError(f"{place}: the answers follow another prompt than the one in {name}")
+    found = prompt_and_answers(row, ("chosen", "rejected"), place, notes)
     labels = (f"{side}_{spellings[0]}" for side in ("chosen", "rejected"))
     chosen_safe, rejected_safe = (is_safe(row, label, place) for label in labels)
     safer = int(rejected_safe and not chosen_safe)
-    return Record(x, *answers, chosen_safe, rejected_safe, 0, safer)
+    return found and Record(found[0], *found[1], chosen_safe, rejected_safe, 0, safer)
+
+
+SINGLE = ("response", "completion", "messages", "conversations")  # fields with a single answer
 
 
 def single_answer(row, place, notes):
     """An answer beside its prompt, or at the end of a conversation."""
-    name = next(name for name in SINGLE if name in row)
-    turns, answer = answer_in(row, name, place)
-    if name in CONVERSATIONS:
-        x = prompt_of(turns, row, name, place)
-    else:
-        x = prompt_in(row, next((n for n in PROMPTS if row.get(n)), "prompt"), place)
-    return Answer(x, answer, is_safe(row, "is_safe", place))
+    name = next((name for name in SINGLE if row.get(name) is not None), SINGLE[0])
+    found = prompt_and_answers(row, (name,), place, notes)
+    label = is_safe(row, "is_safe", place)
+    return found and Answer(found[0], *found[1], label)
 
 
 class Format(NamedTuple):
@@ -312,7 +331,7 @@ def spellings_of(labels):
 
 def needed(names):
     """Those of a file's columns that a format reads; all of them where none tells the format."""
-    known = {"system", *PROMPTS, *PKU_TYPES}
+    known = {"system", *PROMPTS, "better_response_id", "safer_response_id"}
     for _, fields, labels in FORMATS.values():
         known.update(fields, spellings_of(labels))
     chosen = [name for name in names if name in known]

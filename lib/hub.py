@@ -9,15 +9,15 @@ import re
 from pathlib import Path
 
 from lib.hf_tokenizer import COPIED_FILES
-from lib.rows import PACKABLE, PACKED, READERS
+from lib.rows import KINDS, PACKABLE, PACKED, parts_of_name
 
-NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<inside>[^@]+))?(@(?P<revision>.+))?")
+NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inside>(/[\w.-]+)*)/?(@(?P<revision>.+))?")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 ROWS = [f"*{kind}{packed}" for kind in PACKABLE for packed in PACKED] + ["*.parquet"]
 
 
 def model_path(name):
-    """The folder of a model."""
+    """The folder of a model, or a checkpoint of ours."""
     return path_of(name, "model", (*COPIED_FILES, *WEIGHTS))
 
 
@@ -33,12 +33,13 @@ def path_of(name, kind, patterns):
     A name that cannot be the hub's is a path, whether there is something or not.
     """
     path, parts = Path(name), NAME.fullmatch(str(name))
-    if path.exists() or not parts:
+    if path.exists() or not parts or path.suffix == ".pt":
         return path
-    if path.suffix.lower() in (".pt", *READERS):
+    repo, inside, revision = parts["repo"], parts["inside"].strip("/"), parts["revision"]
+    is_file = kind == "dataset" and bool(parts_of_name(inside or repo)[1])
+    if is_file and not inside:
         return path
-    repo, inside, revision = parts["repo"], parts["inside"], parts["revision"]
-    patterns = [f"{inside}/{pattern}" for pattern in patterns] + [inside] if inside else patterns
+    within = [f"{inside}/{pattern}" for pattern in patterns] if inside else patterns
     try:
         from huggingface_hub import snapshot_download
 
@@ -47,7 +48,7 @@ def path_of(name, kind, patterns):
             repo,
             repo_type=kind,
             revision=revision,
-            allow_patterns=patterns,
+            allow_patterns=[inside] if is_file else within,
             ignore_patterns=deeper if kind == "model" else None,
         )
     except Exception as e:  # the network's, the hub's, the disk's
@@ -56,12 +57,15 @@ def path_of(name, kind, patterns):
             f"{name}: no such file or folder here, and not to be had from the Hugging Face hub "
             f"({reason})"
         )
-    path = Path(folder, inside or "")
-    if kind == "model" and not list(path.glob("*.safetensors")):
+    path = Path(folder, inside)
+    found = path.is_file() or any(path.rglob("*.safetensors" if kind == "model" else "*.*"))
+    if not found and kind == "model":
         raise ValueError(
             f"{name}: the Hugging Face hub has no model*.safetensors there, and nothing else is "
             f"fetched; `hf download {repo} --local-dir FOLDER` brings all, and --init_from FOLDER "
             "says how pickles are converted"
         )
+    if not found:
+        raise ValueError(f"{name}: the Hugging Face hub has no file of rows there; {KINDS}")
     print(f"{name}: {repo} of the Hugging Face hub, revision {Path(folder).name}")
     return path

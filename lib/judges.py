@@ -45,8 +45,10 @@ def read_samples(folder, result):
     _, path = runs.result_files(folder, result["settings"])
     rows = []
     for row, place in read_rows(path):
-        prompt_in(row, "prompt", place)
         checked_values(row, dict.fromkeys(MODELS, str), place)
+        if "prompt" not in row:
+            raise ValueError(f"{place}: prompt is missing; expected the rows of samples.jsonl")
+        prompt_in(row, "prompt", place)
         rows.append(row)
     return rows
 

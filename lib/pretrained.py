@@ -7,6 +7,7 @@ tokenizer.json.
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from lib import hf_tokenizer
@@ -48,24 +49,33 @@ def dtype_of(tokenizer):
     return hf.get("dtype") or hf.get("torch_dtype") or "float32"
 
 
-def check_new(folder):
-    for path in (folder, unfinished(folder)):
+@contextmanager
+def new_folder(folder):
+    """`with new_folder(folder) as part:` The folder part gets the name once it is complete.
+
+    ValueError if there is something of that name already. After any error there is nothing.
+    """
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".tmp")
+    for path in (folder, part):
         if path.exists():
             raise ValueError(f"--export {path}: exists already; expected the name of a new folder")
-
-
-def unfinished(folder):
-    return folder.with_name(folder.name + ".tmp")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part)
+        raise
 
 
 def export(model, tokenizer, folder, dtype=None):
-    """Write model and tokenizer as a Hugging Face folder, which must not exist yet.
+    """Write model and tokenizer into a folder, as a Hugging Face folder.
 
     dtype: of the weights, by name; None takes that in which they came. All other files are written
     as they were read, but for what was trained.
     """
-    folder, dtype = Path(folder), dtype or dtype_of(tokenizer)
-    check_new(folder)
+    dtype = dtype or dtype_of(tokenizer)
     files = tokenizer.files or llama_files(model.config, tokenizer)
     hf = json.loads(files["config.json"])
     hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
@@ -74,18 +84,11 @@ def export(model, tokenizer, folder, dtype=None):
         name: weight.detach().to("cpu", getattr(torch, dtype))
         for name, weight in weights_by_hf_name(model).items()
     }
-    part = unfinished(folder)
-    part.mkdir(parents=True)
-    try:
-        for name, content in hf_tokenizer.exported_files(tokenizer, files).items():
-            (part / name).write_bytes(content)
-        save_file = safetensors_library().torch.save_file
-        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(part / "config.json", part / "model.safetensors")  # as the umask says
-        os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part)
-        raise
+    for name, content in hf_tokenizer.exported_files(tokenizer, files).items():
+        (folder / name).write_bytes(content)
+    save_file = safetensors_library().torch.save_file
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # as the umask says
 
 
 def llama_files(config, tokenizer):

@@ -3,6 +3,7 @@
 Records stream from the files anew in each pass. rows.py reads files, formats.py checks rows.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -23,9 +24,10 @@ CONTRADICTION = (
     "rows call an unsafe answer the safer one beside a safe answer; "
     "only --pairs harmless reads that"
 )
-MAJORITY = "answers are called safe and unsafe in different rows; the majority counts"
-TIE = "answers are called safe as often as unsafe; their rows are left out"
-REPEATED = "rows repeat a single answer"
+MAJORITY = "labels are changed: rows call the same answer safe and unsafe, and the majority counts"
+TIE = "rows are left out: as many rows call the same answer safe as unsafe"
+REPEATED_ANSWER = "rows are left out: they repeat a single answer"
+REPEATED = "pairs repeat an earlier one"
 PAIRED = "pairs are made of single answers; the safe one counts as the better one"
 UNPAIRED = "single answers stay unpaired: no answer of the other kind to the same prompt"
 
@@ -38,43 +40,44 @@ class Records:
     """A split. Each pass over it reads its rows anew, so that a million of them need no memory.
 
     place: where they come from, for errors. read(notes) gives Records, and Answers that are paired
-    here, and counts in notes, a Counter, what a user should know. notes: what the last whole pass
-    counted.
-
-    Where rows call the same answer to a prompt safe and unsafe, the majority counts.
+    here, and counts in notes, a Counter, what a user should know. verdicts(): settle_verdicts of
+    these rows, or of more rows. files: the names of those in a folder. notes: what the last whole
+    pass counted.
     """
 
-    def __init__(self, place, read):
-        self.place, self.read, self.notes = place, read, Counter()
-        self.settled = None  # hash of prompt and answer → its majority's verdict, or None
+    def __init__(self, place, read, verdicts=None, files=()):
+        self.place, self.read, self.files, self.notes = place, read, files, Counter()
+        self.verdicts = verdicts or functools.cache(lambda: settle_verdicts(read(Counter())))
 
     def __iter__(self):
-        if self.settled is None:
-            self.settled = settle_verdicts(self.read(Counter()))
-        notes = Counter({MAJORITY: 0, TIE: 0})
-        for verdict in self.settled.values():
-            notes[TIE if verdict is None else MAJORITY] += 1
-        for r in paired(self._agreed(notes), notes):
+        notes = Counter()
+        seen = set()  # hashes
+        for r in paired(agreed(self.read(notes), self.verdicts(), notes), notes):
             if r.response_0 == r.response_1:
                 notes[SAME_ANSWERS] += 1
                 continue
-            safe = r.is_response_0_safe, r.is_response_1_safe
-            notes[CONTRADICTION] += safe[0] != safe[1] and not safe[r.safer_response_id]
+            key = hash(r)
+            notes[REPEATED] += key in seen
+            seen.add(key)
             yield r
         self.notes = notes
 
-    def _agreed(self, notes):
-        """The rows with verdicts that agree with each other."""
-        for row in self.read(notes):
-            if self.settled:
-                verdicts = {
-                    label: self.settled.get(key, getattr(row, label))
-                    for label, key in keys_of(row).items()
-                }
-                if None in verdicts.values():
-                    continue
-                row = replace(row, **verdicts)
-            yield row
+
+def agreed(rows, verdicts, notes):
+    """The rows with labels that do not contradict those of other rows."""
+    for row in rows:
+        if isinstance(row, Record):
+            safe = row.is_response_0_safe, row.is_response_1_safe
+            notes[CONTRADICTION] += safe[0] != safe[1] and not safe[row.safer_response_id]
+        if verdicts:
+            labels = {name: getattr(row, name) for name in LABELS[type(row)]}
+            settled = {name: verdicts.get(key, labels[name]) for name, key in keys_of(row).items()}
+            if None in settled.values():
+                notes[TIE] += 1
+                continue
+            notes[MAJORITY] += sum(settled[name] != labels[name] for name in labels)
+            row = replace(row, **settled)
+        yield row
 
 
 def keys_of(row):
@@ -117,7 +120,7 @@ def paired(rows, notes):
         prompt, answer, safe = row.prompt, row.response, row.is_safe
         (key,) = keys_of(row).values()
         if key in seen:
-            notes[REPEATED] += 1
+            notes[REPEATED_ANSWER] += 1
             continue
         seen.add(key)
         others = unpaired.get((prompt, not safe))
@@ -144,12 +147,27 @@ def load(data):
             "the Hugging Face hub"
         )
     files = find_files(path) if path.is_dir() else {"train": [path]}
+    inside = {s: [str(p.relative_to(path)) for p in paths] for s, paths in files.items()}
+    inside = inside if path.is_dir() else {"train": ()}
     if "test" in files:
-        return {split: records_of_files(paths, path, split) for split, paths in files.items()}
-    splits = {"train": lambda prompt: not held_out(prompt), "test": held_out}
+        return {
+            split: Records(
+                f"{path}, its {split} split",
+                functools.partial(read_files, paths),
+                files=inside[split],
+            )
+            for split, paths in files.items()
+        }
+    verdicts = functools.cache(lambda: settle_verdicts(read_files(files["train"], Counter())))
+    wanted = {"train": lambda prompt: not held_out(prompt), "test": held_out}
     return {
-        split: records_of_files(files["train"], path, f"{split} split by a hash of prompts", wanted)
-        for split, wanted in splits.items()
+        split: Records(
+            f"{path}, its {split} split by a hash of prompts",
+            functools.partial(read_split, files["train"], wanted[split], split == "train"),
+            verdicts,
+            inside["train"],
+        )
+        for split in wanted
     }
 
 
@@ -158,16 +176,16 @@ def held_out(prompt):
     return hashlib.sha256(json.dumps(prompt).encode()).digest()[0] % 10 == 0
 
 
-def records_of_files(files, source, split, wanted=None):
-    """Records of files, or of those of their rows for whose prompt wanted(prompt)."""
+def read_files(files, notes):
+    for file in files:
+        yield from read_file(file, notes)
 
-    def read(notes):
-        for file in files:
-            for row in read_file(file, notes):
-                if wanted is None or wanted(row.prompt):
-                    yield row
 
-    return Records(f"{source}, its {split}", read)
+def read_split(files, wanted, counts, notes):
+    """The rows for whose prompt wanted(prompt). counts: whether this split counts what has none."""
+    for row in read_files(files, notes if counts else Counter()):
+        if wanted(row.prompt):
+            yield row
 
 
 def of_rows(place, rows):
@@ -217,12 +235,17 @@ def survey(splits):
             shared += split == "train" and prompt in test_prompts
     for split in splits:
         if not counts[split]:
-            left_out = [f"{n} {note}" for note, n in splits[split].notes.items() if n]
-            raise ValueError("; ".join([f"{splits[split].place}: holds no row", *left_out]))
+            why = [f"{n} {note}" for note, n in splits[split].notes.items() if n]
+            why = "; ".join(why) or "expected more rows, or a file of its own"
+            raise ValueError(f"{splits[split].place}: holds no row; {why}")
     sizes = ", ".join(f"{counts[split]} {split}" for split in splits)
     notes = {note for records in splits.values() for note in records.notes}
     formats = sorted(note for note in notes if note.startswith("rows of "))
     lines = [f"{sizes} {' and '.join(formats) or 'rows'}"]
+    for split, records in splits.items():
+        if records.files:
+            more = f" and {len(records.files) - 4} more" if len(records.files) > 4 else ""
+            lines.append(f"{split} from {', '.join(records.files[:4])}{more}")
     for split, records in splits.items():
         lines += [f"{n} {split} {note}" for note, n in records.notes.items() if n]
     if shared:

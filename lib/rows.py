@@ -20,10 +20,11 @@ from lib.checkpoint import LARGEST
 
 PACKED = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 KINDS = "expected .jsonl, .json, .csv (these three also as .gz or .xz) or .parquet"
-SPLITS = {  # split → what the names of its files say: the first of these that any file says
-    "train": ("train(ing)?",),
-    "test": ("test(ing)?", "validation|valid|val|dev|eval(uation)?"),
+SPLITS = {  # split → words in the names of its files: the first of these that any file has
+    "train": ("train(ing|set|val)?",),
+    "test": ("test(ing|set)?", "validation|valid|val|dev|eval(uation)?"),
 }
+EVERY = "|".join(words for kinds in SPLITS.values() for words in kinds)
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 AT_ONCE = 2**20  # characters of an array that are read
 ROWS_AT_ONCE = 1000  # of Parquet
@@ -64,32 +65,33 @@ def find_files(folder):
         if parts_of_name(path)[1] and not hidden and path.name not in NO_ROWS and path.is_file():
             files[path] = inside
     found = {}
-    for split, names in SPLITS.items():
-        for name in names:
-            chosen = [path for path, inside in files.items() if says(inside, name)]
+    for split, kinds in SPLITS.items():
+        for words in kinds:
+            chosen = [path for path, inside in files.items() if says(inside, words)]
             if chosen:
                 found[split] = chosen
                 break
     if files and not found:
         found["train"] = list(files)
     if "train" not in found:
-        raise ValueError(f"{folder}: no train file; {KINDS}, with train in its name")
+        arrow = any(folder.rglob("*.arrow"))
+        raise ValueError(
+            f"{folder}: no train file; {KINDS}, with train in its name"
+            + ", where to_parquet writes it instead of save_to_disk" * arrow
+        )
     for paths in found.values():
         refuse_twice(paths, files)
     return found
 
 
-def says(inside, name):
-    """Whether a file's name says the split; the folders above it where its own says none."""
-    every = "|".join(name for names in SPLITS.values() for name in names)
+def says(inside, words):
+    """Whether a file's name says a split, by its last word that says any; where it has none, the
+    name of the folder above it tells."""
     for part in reversed(inside.parts):
-        if words(every, part):
-            return words(name, part)
+        part = re.sub(r"([a-z])([A-Z])", r"\1_\2", part)  # myTrain
+        if found := list(re.finditer(rf"(?<![a-z])({EVERY})(?![a-z])", part, re.IGNORECASE)):
+            return bool(re.fullmatch(words, found[-1][0], re.IGNORECASE))
     return False
-
-
-def words(pattern, text):
-    return re.search(rf"(?<![a-z])({pattern})(?![a-z])", text, re.IGNORECASE)
 
 
 def refuse_twice(paths, files):
@@ -159,6 +161,8 @@ def array_rows(file, path):
     while True:
         at = BETWEEN.match(text, at).end()
         if text.startswith("]", at):
+            if (text[at + 1 :] + file.read(AT_ONCE)).strip():
+                raise ValueError(f"{path}: goes on behind its array; expected one array of objects")
             return
         place = f"{path}, object {number}"
         try:
@@ -176,11 +180,14 @@ def array_rows(file, path):
 
 
 def csv_rows(file, path, needed):
-    """Cells are texts. One that holds messages holds them as JSON."""
+    """Every cell is a text."""
     place = f"{path}:1"
     rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
     try:
-        names = needed(rows.fieldnames or [])
+        names = rows.fieldnames or []
+        if len(names) == 1 and ";" in names[0]:
+            raise ValueError(f"{place}: the heading has semicolons; expected commas between cells")
+        names = once(needed(names), names, path)
         while True:
             place = f"{path}:{rows.line_num + 1}"
             row = next(rows, None)
@@ -188,20 +195,17 @@ def csv_rows(file, path, needed):
                 return
             if None in row:
                 raise ValueError(f"{place}: has more cells than the heading")
-            yield {name: cell(row[name], name, place) for name in names}, place
+            yield {name: row[name] for name in names}, place
     except csv.Error as e:
         raise ValueError(f"{place}: not valid CSV ({e})")
 
 
-def cell(text, name, place):
-    if not text or not text.startswith("[{"):
-        return text
-    try:
-        return DECODER.decode(text)
-    except (ValueError, RecursionError):
-        raise ValueError(
-            f"{place}: {name} is a list that is not JSON; expected JSON, or a .jsonl file"
-        )
+def once(chosen, names, path):
+    """The chosen names of columns. ValueError if two columns have one of them."""
+    for name in chosen:
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: two columns are called {name}; expected one")
+    return chosen
 
 
 def parquet_rows(path, needed):
@@ -211,13 +215,15 @@ def parquet_rows(path, needed):
         raise ValueError(f"{path}: Parquet needs pyarrow: pip install pyarrow")
     try:
         with parquet.ParquetFile(path) as file:
-            names, number = needed(file.schema_arrow.names), 0
+            names, number = file.schema_arrow.names, 0
+            names = once(needed(names), names, path)
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path}:{number}"
-    except ArrowException as e:
-        raise ValueError(f"{path}: cannot be read as Parquet ({str(e).splitlines()[0]})")
+    except (ArrowException, OSError, UnicodeDecodeError) as e:
+        reason = str(e).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read as Parquet ({reason}); expected the whole file")
 
 
 PACKABLE = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows}

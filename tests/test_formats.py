@@ -131,9 +131,18 @@ def test_preference_pairs_in_every_spelling_are_the_same_records():
             dict(prompt="\n\nHuman: \n\nAssistant:", chosen_safe=True, rejected_safe=True),
             "prompt is empty; expected text",
         ),
+        (dict(system=5, chosen_safe=True, rejected_safe=True), "system is 5; expected a string"),
         (
-            dict(chosen="\n\nHuman: z?\n\nAssistant: yes", chosen_safe=True, rejected_safe=True),
-            "the answers follow another prompt than the one in prompt",
+            dict(chosen="[{'role': 'assistant', 'content': 'x'}]", chosen_safe=1, rejected_safe=1),
+            "chosen seems to be messages, and is not JSON: .*; expected JSON, or a .jsonl",
+        ),
+        (
+            dict(prompt={"0": "x", "1": "y"}, chosen_safe=1, rejected_safe=1),
+            "prompt is .*; expected a string or a list of messages",
+        ),
+        (
+            dict(prompt=b"x", chosen_safe=1, rejected_safe=1),
+            "prompt is .*; expected a string or a list of messages",
         ),
     ],
 )
@@ -190,6 +199,13 @@ SHAPES = {
     "PKU, as CSV has it": {k: str(v) for k, v in ROW.items()},
     "PKU, prompt as messages": row(prompt=USER),
     "PKU with more, and NaN": row(severity=float("nan"), categories=[]),
+    "PKU, answers as messages": row(response_0=YES, response_1=NO),
+    "PKU, implicit prompt": row(prompt=..., response_0=USER + YES, response_1=USER + NO),
+    "PKU, hh-rlhf's text": row(prompt=..., response_0="\n\nHuman: x?\n\nAssistant: yes",
+                               response_1="\n\nHuman: x?\n\nAssistant: no"),
+    "PKU, messages as JSON in a text": row(prompt=json.dumps(USER), response_0=json.dumps(YES[0])),
+    "a role that is null": {"conversations": [{**HUMAN[0], "role": None, "content": None}],
+                            "chosen": "yes", "rejected": "no", "messages": None, **LABELS},
     "TRL, text": {"prompt": "x?", **TEXTS, **LABELS},
     "TRL, unsafe": {"prompt": "x?", **TEXTS, "chosen_unsafe": False, "rejected_unsafe": True},
     "TRL, unsafe in numbers": {"prompt": "x?", **TEXTS, "chosen_unsafe": 0, "rejected_unsafe": 1},
@@ -255,6 +271,11 @@ SINGLE = {
     "BeaverTails, 1": {"prompt": "x?", "response": "yes", "is_safe": 1},
     "BeaverTails, in words": {"prompt": "x?", "response": "yes", "is_safe": "safe"},
     "completion": {"prompt": USER, "completion": YES, "is_safe": True},
+    "messages, and a response that is null": {
+        "messages": USER + YES,
+        "response": None,
+        "is_safe": True,
+    },
     "messages": {"messages": USER + YES, "is_safe": True},
     "ShareGPT": {"conversations": [*HUMAN, {"from": "gpt", "value": "yes"}], "is_safe": "true"},
 }
@@ -276,7 +297,22 @@ def test_two_turns_of_one_side_are_one_and_only_one_space_goes():
     )  # fmt: skip
 
 
-def test_answers_to_different_prompts_are_left_out_and_counted():
-    shape = {"chosen": USER + YES, "rejected": chat("user", "y?") + NO, **LABELS}
-    assert records_of([shape], "preference pairs", notes := Counter()) == [None]
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"chosen": USER + YES, "rejected": chat("user", "y?") + NO, **LABELS},
+        {"prompt": "y?", "chosen": USER + YES, "rejected": USER + NO, **LABELS},
+        {"prompt": "x?", "chosen": "yes", "rejected": "\n\nHuman: y?\n\nAssistant: no", **LABELS},
+        row(response_0=USER + YES, response_1=NO, prompt="y?"),
+        {"prompt": "y?", "response": USER + YES, "is_safe": True},
+        {"prompt": "x?", "completion": HH + " more", "is_safe": True},
+    ],
+)
+def test_answers_to_another_prompt_are_left_out_and_counted(shape):
+    assert records_of([shape], recognise(shape, "here"), notes := Counter()) == [None]
     assert list(notes.values()) == [1]
+
+
+def test_a_prompt_that_stands_twice_may_differ_in_white_space():
+    shape = {"prompt": "x?\n", "chosen": USER + YES, "rejected": USER + NO, **LABELS}
+    assert [r.prompt for r in records_of([shape], "preference pairs")] == ["x?\n"]

@@ -93,7 +93,7 @@ def test_unreadable_places_are_named(tmp_path):
         "rows.txt": "unknown kind of file",
         "same.jsonl": "holds no row; 2. rows are left out: their two answers are the same",
         "missing.jsonl": "no such file",
-        "one.jsonl": "its test split by a hash of prompts: holds no row",
+        "one.jsonl": "its test split by a hash of prompts: holds no row; expected more rows, or a",
         "no": "no train file",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -142,7 +142,7 @@ def test_verdicts_that_contradict_are_settled_by_the_majority():
             Record("c", "a1", "c1", True, False, 0, 0),
         ]
         assert +found.notes == {
-            records.MAJORITY: 1, records.TIE: 1, records.REPEATED: 3, records.PAIRED: 2,
+            records.MAJORITY: 1, records.TIE: 2, records.REPEATED_ANSWER: 3, records.PAIRED: 2,
             records.UNPAIRED: 1,
         }  # fmt: skip
     pairs = [
@@ -175,6 +175,26 @@ def test_the_held_out_prompts_do_not_depend_on_their_spelling(tmp_path):
     assert all(split == found["text"] for split in found.values()) and all(found["text"])
 
 
+def test_what_is_left_out_before_the_split_is_counted_once(tmp_path):
+    shape = {"chosen": "\n\nHuman: a\n\nAssistant: yes", "chosen_safe": 1, "rejected_safe": 0}
+    other = "\n\nHuman: b\n\nAssistant: no"
+    lines = [json.dumps({**shape, "rejected": other})] * 7
+    for i in range(40):
+        said = {side: f"\n\nHuman: {i}\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+        lines.append(json.dumps({**shape, **said}))
+    _, found = records.survey(load(write(tmp_path / "a.jsonl", lines)))
+    assert found[1:] == ["7 train rows are left out: an answer follows another prompt"]
+
+
+def test_an_outvoted_label_is_no_contradiction():
+    def rows(safe):
+        return Record("a", "a1", "a2", safe, not safe, 0, int(not safe))
+
+    found = split_of([rows(True), rows(True), rows(False)])
+    assert [r.is_response_0_safe for r in found] == [True] * 3
+    assert found.notes[records.MAJORITY] == 2 and not found.notes[records.CONTRADICTION]
+
+
 def test_formats_are_told_and_may_differ_between_files(tmp_path):
     trl = {
         "prompt": "y?",
@@ -189,7 +209,10 @@ def test_formats_are_told_and_may_differ_between_files(tmp_path):
     (tmp_path / ".cache").mkdir()
     write(tmp_path / ".cache" / "train.jsonl", ["no JSON"])
     assert records.survey(load(str(tmp_path)))[1] == [
-        "3 train, 1 test rows of PKU-SafeRLHF and rows of preference pairs"
+        "3 train, 1 test rows of PKU-SafeRLHF and rows of preference pairs",
+        "train from deeper/train.jsonl",
+        "test from test.jsonl",
+        "2 train pairs repeat an earlier one",
     ]
 
 

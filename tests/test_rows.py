@@ -48,12 +48,12 @@ def test_json_in_every_shape_is_the_same_rows(tmp_path, name, text, monkeypatch)
         assert all(str(tmp_path / name) in place for _, place in read)
 
 
-def test_csv_cells_are_texts_and_messages_are_json(tmp_path):
+def test_csv_cells_are_texts(tmp_path):
     path = write(tmp_path / "a.CSV", '\ufeffprompt,n\r\n"a\nb",1\r\n,\r\n\r\n"[{""a"": 1}]",2\r\n')
     assert list(rows.read_rows(path)) == [
         ({"prompt": "a\nb", "n": "1"}, f"{path}:2"),
         ({"prompt": "", "n": ""}, f"{path}:4"),
-        ({"prompt": [{"a": 1}], "n": "2"}, f"{path}:5"),
+        ({"prompt": '[{"a": 1}]', "n": "2"}, f"{path}:5"),
     ]
 
 
@@ -81,7 +81,10 @@ def test_only_needed_columns_are_read(tmp_path):
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8"),
         ("a.csv", "a,b\n1,2,3\n", "a.csv:2: has more cells than the heading"),
         ("a.csv", 'a,b\n1,"2', "a.csv:2: not valid CSV"),
-        ("a.csv", "a,b\n1,\"[{'role': 'user'}]\"\n", "a.csv:2: b is a list that is not JSON"),
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv: two columns are called a; expected one"),
+        ("a.csv", "a;b\n1;2\n", "a.csv:1: the heading has semicolons; expected commas"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', "goes on behind its array"),
+        ("a.jsonl", '[{"a": 1}] more', "goes on behind its array"),
         ("a.csv", b"a,b\n1,\xff\n", "a.csv: not UTF-8"),
         ("a.txt", "", "unknown kind of file; expected .jsonl, .json, .csv"),
         ("a.parquet.gz", "", "unknown kind of file"),
@@ -109,6 +112,10 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, message):
         ("A-7B/train.jsonl A2-7B/train.jsonl", "A-7B/train.jsonl A2-7B/train.jsonl", None),
         ("round0.json dataset_infos.json", "round0.json", None),
         ("latest.jsonl contest.csv", "contest.csv latest.jsonl", None),
+        ("trainset.jsonl testset.csv", "trainset.jsonl", "testset.csv"),
+        ("myTrain.jsonl myTest.jsonl", "myTrain.jsonl", "myTest.jsonl"),
+        ("red_test_train.jsonl red_test_test.jsonl", "red_test_train.jsonl", "red_test_test.jsonl"),
+        ("trainval.json dev/test.json", "trainval.json", "dev/test.json"),
         ("train.jsonl other.jsonl .cache/train.jsonl notes.txt", "train.jsonl", None),
     ],
 )  # fmt: skip
@@ -139,6 +146,13 @@ def test_the_same_rows_twice_are_refused(tmp_path, names):
     with pytest.raises(
         ValueError, match="once more, packed otherwise or as another size of the set"
     ):
+        rows.find_files(tmp_path)
+
+
+def test_what_save_to_disk_wrote_is_refused_with_its_remedy(tmp_path):
+    for name in ("train/data-00000-of-00001.arrow", "train/state.json", "dataset_dict.json"):
+        write(tmp_path / name, "{}")
+    with pytest.raises(ValueError, match="no train file; .* to_parquet writes it instead of"):
         rows.find_files(tmp_path)
 
 

@@ -32,7 +32,16 @@ REPOSITORIES = {
             for n in (3, 33) for split in ("train", "test")
         }
     },
-    ("models", "village/pickles"): {"main": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}},
+    ("datasets", "village/arrow"): {
+        "main": {
+            "data/train.arrow": b"arrow",
+            "data/evil.pkl": b"pickle",
+            "rows.jsonl": lines(40, "x"),
+        }
+    },
+    ("models", "village/pickles"): {
+        "main": {"a/config.json": b"{}", "a/pytorch_model.bin": b"pickle", "config.json": b"{}"}
+    },
 }  # fmt: skip
 
 
@@ -141,12 +150,14 @@ def ask(names, environment, folder=ROOT):
 
 def test_names_revisions_and_folders(server, environment, tmp_path):
     (tmp_path / "village").mkdir()
-    names = ["village/pairs", "village/pairs@v1", "village/sizes", "village/sizes/round0/33k"]
+    names = ["village/pairs", "village/pairs@v1", "village/sizes", "village/sizes/round0/33k",
+             "village/pairs/", "village/arrow/rows.jsonl", "village/pairs/data@v1"]  # fmt: skip
     said = ask(names, environment)
     main, old = (f"village/pairs of the Hugging Face hub, revision {COMMITS[r]}" for r in COMMITS)
     assert said[:4] == [f"village/pairs: {main}", "[9, 3]", f"village/pairs@v1: {old}", "[5, 3]"]
     assert "once more, packed otherwise or as another size of the set" in said[5]
-    assert said[7:] == ["[33, 33]"]
+    assert said[7] == "[33, 33]" and said[9] == "[9, 3]" and said[13] == "[5, 3]"
+    assert sum(map(int, said[11].strip("[]").split(","))) == 40
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     server.asked.clear()
     assert ask(names, offline) == said and not server.asked
@@ -163,16 +174,28 @@ def test_what_the_hub_does_not_have(server, environment):
     said = ask(
         [
             "village/nothing", "village/pairs@v9", "model:village/pickles", "nothing",
-            "some/where.jsonl", "model:a/b",
+            "some/where.jsonl", "model:a/b", "village/arrow/data/", "village/arrow/data/evil.pkl",
+            "village/arrow/*", "village/pairs/nowhere", "model:village/pickles/a/",
         ],
         environment,
     )  # fmt: skip
     assert "village/nothing: no such file or folder here, and not to be had from" in said[0]
     assert "RepositoryNotFoundError" in said[0] and "RevisionNotFoundError" in said[1]
     assert "has no model*.safetensors there" in said[2] and "hf download village/pickles" in said[2]
-    assert not any("pytorch_model" in path for path in server.asked), "no pickle is fetched"
+    assert not any(
+        f"{name}" in path
+        for name in ("pytorch_model", "evil", "arrow/resolve")
+        for path in server.asked
+    ), "nothing else is fetched"
     assert all("no such file or folder; --data takes" in line for line in said[3:5])
     assert "RepositoryNotFoundError" in said[5]
+    assert (
+        "village/arrow/data/: the Hugging Face hub has no file of rows there; expected" in said[6]
+    )
+    assert "village/arrow/data/evil.pkl: the Hugging Face hub has no file of rows there" in said[7]
+    assert "no such file or folder; --data takes" in said[8]
+    assert "village/pairs/nowhere: the Hugging Face hub has no file of rows there" in said[9]
+    assert "has no model*.safetensors there" in said[10]
     assert not any("where" in path for path in server.asked)
 
 

@@ -1,6 +1,7 @@
 """Parquet, and data sets as the libraries of others write them."""
 
 import json
+import random
 
 from lib import formats, records, rows
 
@@ -22,6 +23,9 @@ ROWS = [
     }
     for i in range(2500)
 ]
+
+
+LABELS = {"chosen_safe": True, "rejected_safe": False}
 
 
 def expected(found=ROWS):
@@ -48,6 +52,27 @@ def test_a_broken_parquet_file_is_named(tmp_path):
             read(tmp_path / "a.parquet")
 
 
+def test_damage_is_one_line_that_names_the_file(tmp_path):
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS[:200]), tmp_path / "whole.parquet")
+    whole, generator, named = (tmp_path / "whole.parquet").read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for i in generator.sample(range(len(damaged)), 4):
+            damaged[i] ^= 0xFF
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        try:
+            read(tmp_path / "a.parquet")
+        except ValueError as e:
+            named += 1
+            assert "a.parquet" in str(e) and "\n" not in str(e)
+    assert named > 20
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{**ROWS[0], "better_response_id": b"1"}]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match="a.parquet:1: better_response_id is .*; expected 0 or 1"):
+        read(tmp_path / "a.parquet")
+
+
 def test_what_datasets_and_pandas_write(tmp_path):
     """Each way in which these libraries put a data set on the disk, but for Arrow's own."""
     import datasets
@@ -65,14 +90,29 @@ def test_what_datasets_and_pandas_write(tmp_path):
         assert read(path) == expected(ROWS[:50]), path
 
 
+def test_one_message_as_an_answer_survives_csv(tmp_path):
+    """`datasets` writes it as Python prints it, which is refused and not trained on as text."""
+    import datasets
+
+    answer = {"role": "assistant", "content": "yes"}
+    shape = {"prompt": "x?", "chosen": answer, "rejected": answer, **LABELS}
+    datasets.Dataset.from_list([shape]).to_csv(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="a.csv:2: chosen seems to be messages, and is not JSON"):
+        read(tmp_path / "a.csv")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{**shape, "chosen": json.dumps(answer), "rejected": "no"}]),
+        tmp_path / "a.parquet",
+    )
+    assert read(tmp_path / "a.parquet") == [formats.Record("x?", "yes", "no", True, False, 0, 0)]
+
+
 def test_messages_in_parquet_and_in_csv(tmp_path):
     chat = lambda role, text: [{"role": role, "content": text}]
     shape = {
         "prompt": chat("user", "x?"),
         "chosen": chat("assistant", "yes"),
         "rejected": chat("assistant", "no"),
-        "chosen_safe": True,
-        "rejected_safe": False,
+        **LABELS,
     }
     parquet.write_table(pyarrow.Table.from_pylist([shape]), tmp_path / "a.parquet")
     quoted = (json.dumps(v).replace('"', '""') for v in shape.values())

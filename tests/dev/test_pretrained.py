@@ -8,6 +8,7 @@ import subprocess
 import sys
 from statistics import mean
 
+from lib import export as export_room
 from lib import hf_weights, pretrained, score_model
 from lib.chat import TEMPLATES
 from lib.hf_tokenizer import load_tokenizer
@@ -157,6 +158,11 @@ def make(path, family="llama2", dtype=torch.float32, tokenizer="byte-level", **c
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+def export(net, tokenizer, folder):
+    with pretrained.new_folder(folder) as part:
+        pretrained.export(net, tokenizer, part)
+
+
 def change(path, file="config.json", **changes):
     values = {**json.loads((path / file).read_text()), **changes}
     (path / file).write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
@@ -191,7 +197,7 @@ def test_logits_greedy_answers_and_weights_are_transformers(family, dtype, tmp_p
         expected = peer.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
         assert generate(net, [prompt], 20, tokenizer.ends, temperature=0) == [expected]
 
-    pretrained.export(net, tokenizer, tmp_path / "out")
+    export(net, tokenizer, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto")
     assert {p.dtype for p in again.parameters()} == {dtype}
@@ -205,7 +211,7 @@ def test_logits_greedy_answers_and_weights_are_transformers(family, dtype, tmp_p
 def test_what_is_no_weight_is_exported_as_it_was(tmp_path):
     make(tmp_path / "in")
     net, tokenizer = pretrained.load(tmp_path / "in", None, 64, CPU)
-    pretrained.export(net, tokenizer, tmp_path / "out")
+    export(net, tokenizer, tmp_path / "out")
     names = {f.name for f in (tmp_path / "in").iterdir()}
     assert (
         {f.name for f in (tmp_path / "out").iterdir()}
@@ -231,7 +237,7 @@ def test_configs_of_older_releases_mean_the_same(kind, tmp_path):
     with torch.no_grad():
         expected = peer(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(logits(net, ids), expected, rtol=0, atol=1e-4)
-    pretrained.export(net, tokenizer, tmp_path / "out")
+    export(net, tokenizer, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype" if kind == "torch_dtype" else "dtype"] == "float32", (
         "what the files hold, whatever the config said"
@@ -240,7 +246,7 @@ def test_configs_of_older_releases_mean_the_same(kind, tmp_path):
 
 def test_our_own_models_are_llamas_to_transformers(finished, tmp_path):
     net, tokenizer = load_model(finished / "policy.pt", CPU)
-    pretrained.export(net, tokenizer, tmp_path / "out")
+    export(net, tokenizer, tmp_path / "out")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     (x,) = tokenizer.prompts(["How do I make a red kite?"])
@@ -941,6 +947,39 @@ def test_exports_that_are_refused(finished, tmp_path, capsys):
     assert (tmp_path / "out.tmp" / "mine").read_text() == "keep"
 
 
+def test_an_export_that_is_stopped_leaves_nothing(finished, tmp_path, monkeypatch):
+    """Also where it is stopped while it measures what it wrote."""
+    calls, real = [], export_room.logps_of
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(export_room, "logps_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        eval_room.main([str(finished), "--export", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_without_its_data_is_float32_and_says_so(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "data")
+    run = aligned_in_bf16(tmp_path / "data", tmp_path, lr=0.02)
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    for name, flags in (
+        ("unmeasured", []),
+        ("insists", ["--export_dtype", "bfloat16"]),
+        ("measured", ["--data", str(tmp_path / "moved")]),
+    ):
+        eval_room.main([str(run), "--export", str(tmp_path / name), *flags])
+        said = capsys.readouterr().out
+        (dtype,) = {w.dtype for w in load_file(tmp_path / name / "model.safetensors").values()}
+        assert (dtype == torch.float32) == (name == "unmeasured")
+        assert ("not measured on held-out pairs: " in said) == (name != "measured")
+        assert ("with a margin of" in said) == (name == "measured")
+
+
 def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_weights.safetensors_library().torch, "save_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -1011,7 +1050,7 @@ def test_a_file_name_in_a_checkpoint_leads_nowhere(finished, tmp_path):
         "../beside": b"no",
         str(tmp_path / "absolute"): b"no",
     }
-    pretrained.export(net, tokenizer, tmp_path / "deep" / "out")
+    export(net, tokenizer, tmp_path / "deep" / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["deep"]
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["out"]
 
@@ -1021,7 +1060,7 @@ def test_mixed_types_are_exported_in_one_that_holds_all(whole, tmp_path):
     weights(
         lambda t: t.update({name: w.bfloat16() for name, w in t.items() if "norm" not in name})
     )(tmp_path / "in")
-    pretrained.export(*pretrained.load(tmp_path / "in", "{prompt}", 64, CPU), tmp_path / "out")
+    export(*pretrained.load(tmp_path / "in", "{prompt}", 64, CPU), tmp_path / "out")
     before = load_file(tmp_path / "in" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert all(w.dtype == torch.float32 for w in after.values())
