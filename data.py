@@ -32,7 +32,7 @@ TOO_LONG = "left out: prompt too long"
 ALIKE = "left out: answers alike"
 TEMPLATED = (
     "spell special tokens or a template's marks, which are read as plain text; "
-    "a prompt that is in a template already belongs into messages"
+    "where a prompt has its template around it already, give it as messages instead"
 )
 
 
@@ -59,8 +59,8 @@ def training_pairs(splits, tokenizer, config):
     pairs, about = counted_pairs(noisy, config.pairs, tokenizer, config.max_length, "train")
     if not len(pairs):
         raise ValueError(
-            f"no pair is left to train on; {'; '.join(about)}; expected rows with a safe answer "
-            "for T, and answers that differ within --max_length"
+            f"no pair is left to train on: {'; '.join(about)}; expected rows with a safe answer, "
+            f"and a --max_length that leaves room for answers"
         )
     if not prompts(splits["test"], tokenizer, config.max_length, 1):
         raise ValueError(
@@ -72,6 +72,8 @@ def training_pairs(splits, tokenizer, config):
     print(f"a prompt as the model reads it, {len(first)} tokens: {text!r}")
     _, of_test = counted_pairs(splits["test"], "safedpo", tokenizer, config.max_length, "test")
     print("\n".join(about + of_test))
+    if not any(pairs.unsafe):
+        print("warning: no pair has an unsafe answer, so that Δ does nothing")
     return pairs
 
 
@@ -84,6 +86,11 @@ def counted_pairs(split, choice, tokenizer, max_length, name):
     about = [f"{name} pairs ({choice}): " + listed(chosen)]
     if any(cuts.values()):
         about.append(f"{name} pairs at --max_length {max_length}: {listed(+cuts)}")
+    if cuts[TRUNCATED] > len(pairs):
+        about.append(
+            "warning: more than half of these answers are cut, and a cut answer teaches no end; "
+            "a larger --max_length helps"
+        )
     if templated:
         about.append(f"{templated} {name} pairs {TEMPLATED}")
     return pairs, about

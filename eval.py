@@ -18,6 +18,7 @@ from lib.chat import as_json
 from lib.device import pick_device, pick_dtype
 from lib.export import export
 from lib.flags import parse, run
+from lib.formats import prompt_in
 from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
 from lib.policy import load_model, log_probs, sample_answers
 from lib.settings import JUDGES, MODELS, SAMPLING, EvalConfig
@@ -162,17 +163,15 @@ def figures_of(rows, name, ended, lengths, kl, annotated):
 
 
 def answer_prompt(folder, prompt, given):
-    """What the run's reference and policy answer to one prompt: [{"reference", "policy": text}, …].
-
-    Some answers of each; one, where sampling always takes the most probable token.
-    """
+    """[{"reference", "policy": text}, …]: some answers of each to one prompt. One, where sampling
+    always takes the most probable token."""
     settings = settings_of(runs.finished_run(folder), given)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     answers = [{} for _ in range(SHOWN_ANSWERS if settings.temperature else 1)]
     for name in MODELS:
         model, tokenizer = load_model(Path(folder) / f"{name}.pt", device)
-        x = tokenizer.prompts([prompt]) * len(answers)
+        x = tokenizer.prompts([prompt_in({"prompt": prompt}, "prompt", "--prompt")]) * len(answers)
         sampled = sample_answers(model, x, tokenizer.ends, settings, device, dtype)
         for some, y in zip(answers, sampled):
             some[name] = tokenizer.decode(y)
@@ -191,8 +190,7 @@ def export_policy(config):
     flags, device = runs.finished_run(config.runs[0]), pick_device(config.device)
 
     def held_out(tokenizer):
-        test = data.load(config.data or flags["data"])["test"]
-        split = itertools.islice(test, EXPORT_RECORDS)
+        split = itertools.islice(data.load(config.data or flags["data"])["test"], EXPORT_RECORDS)
         return data.Examples(data.held_out_pairs(split, tokenizer, flags["max_length"]))
 
     export(config.runs[0], config.export, config.export_dtype, held_out, flags["beta"], device)

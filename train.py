@@ -2,8 +2,8 @@
 
 python train.py --delta 5                                         the toy village, on a laptop
 python train.py --pairs helpful                                   a baseline
-python train.py --data PKU-SafeRLHF-30K --beta 0.1 --delta 10     your data: a file or a folder
-python train.py --init_from alpaca-7b --prompt_template beaver --data PKU-SafeRLHF-30K
+python train.py --init_from Qwen2.5-1.5B-Instruct --data my_pairs --beta 0.1 --delta 10 --lr 1e-6
+                                                                  your model and your data
 python train.py --resume --out_dir runs/toy-safedpo-delta5        go on with a run
 """
 
@@ -168,7 +168,7 @@ def train(config, folder, lock):
         config = replace(config, **{name: getattr(model.config, name) for name in SIZE_FLAGS})
     steps = config.epochs * data.steps_per_epoch(pairs, config.batch_size)
     held_out = data.prompts(splits["test"], tokenizer, config.max_length, config.eval_prompts)
-    report.warn_before(steps, len(held_out))
+    report.warn_before(config, steps, len(held_out), bool(tokenizer.files))
     runs.begin(folder, config, digest, done.borrowed, lock)
     model = parallel.wrap(prepare(model, config), device, config.fsdp)
 

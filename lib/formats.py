@@ -290,6 +290,9 @@ def single_answer(row, place, notes):
     return found and Answer(found[0], *found[1], label)
 
 
+SINGLE_ANSWERS = "single answers"
+
+
 class Format(NamedTuple):
     read: Callable
     fields: tuple  # one of them in a row tells that it has this format
@@ -303,7 +306,7 @@ FORMATS = {
     "preference pairs": Format(
         preference_pair, ("chosen", "rejected"), ("chosen_unsafe", "rejected_unsafe")
     ),
-    "single answers": Format(single_answer, SINGLE, ("is_safe",)),
+    SINGLE_ANSWERS: Format(single_answer, SINGLE, ("is_safe",)),
 }
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 
 from lib import hub
-from lib.formats import FORMATS, LABELS, Record, needed, pku_saferlhf, recognise
+from lib.formats import FORMATS, LABELS, SINGLE_ANSWERS, Record, needed, pku_saferlhf, recognise
 from lib.parallel import progress
 from lib.rows import find_files, read_rows
 
@@ -29,7 +29,8 @@ TIE = "rows are left out: as many rows call the same answer safe as unsafe"
 REPEATED_ANSWER = "rows are left out: they repeat a single answer"
 REPEATED = "pairs repeat an earlier one"
 PAIRED = "pairs are made of single answers; the safe one counts as the better one"
-UNPAIRED = "single answers stay unpaired: no answer of the other kind to the same prompt"
+UNPAIRED = "single answers stay unpaired: no other one of the other kind to the same prompt is left"
+EMPTY = "pairs have an empty answer"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,6 +57,7 @@ class Records:
             if r.response_0 == r.response_1:
                 notes[SAME_ANSWERS] += 1
                 continue
+            notes[EMPTY] += not (r.response_0.strip() and r.response_1.strip())
             key = hash(r)
             notes[REPEATED] += key in seen
             seen.add(key)
@@ -208,7 +210,7 @@ def read_file(path, notes):
     if first is None:
         return
     name = recognise(*first)
-    notes[f"rows of {name}"] += 0  # named, not counted
+    notes[f"{'pairs' if name == SINGLE_ANSWERS else 'rows'} of {name}"] += 0  # named, not counted
     read = FORMATS[name].read
     for row, place in itertools.chain([first], rows):
         if (read_row := read(row, place, notes)) is not None:
@@ -236,11 +238,11 @@ def survey(splits):
     for split in splits:
         if not counts[split]:
             why = [f"{n} {note}" for note, n in splits[split].notes.items() if n]
-            why = "; ".join(why) or "expected more rows, or a file of its own"
+            why = "; ".join(why) or "more rows, or a folder with a train and a test file, help"
             raise ValueError(f"{splits[split].place}: holds no row; {why}")
     sizes = ", ".join(f"{counts[split]} {split}" for split in splits)
     notes = {note for records in splits.values() for note in records.notes}
-    formats = sorted(note for note in notes if note.startswith("rows of "))
+    formats = sorted(note for note in notes if note.startswith(("rows of ", "pairs of ")))
     lines = [f"{sizes} {' and '.join(formats) or 'rows'}"]
     for split, records in splits.items():
         if records.files:

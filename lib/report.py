@@ -43,7 +43,7 @@ LIMIT_COLUMNS = {  # the same, of a run's policy or of its optimum
 def table(results, verbose=False):
     """The figures of {run name: result} as text, a line a model; verbose: what stands behind them.
 
-    Without an annotator, the order of held-out pairs is shown too.
+    Without a judge, the order of held-out pairs is shown too.
     """
     models, judged = models_of(results), all(is_judged(r) for r in results.values())
     lines = figures_table(models, COLUMNS)
@@ -144,8 +144,8 @@ def notes(results):
     text = ""
     if lacking & {"helpfulness", "harmless_ratio"}:
         text = (
-            "–: that data has no annotator; eval.py's --reward_model, --cost_model or --scores "
-            "bring some.\n"
+            "–: these data have no judge; eval.py's --reward_model, --cost_model or --scores bring "
+            "one.\n"
         )
     elif "n_benign" in lacking:
         text = "–: which requests are benign, only the village knows.\n"
@@ -226,8 +226,8 @@ def first_look(folder, config, result):
         answers = {name: f"{row[name].strip()}{verdict(row, name)}" for name in MODELS}
         parts.append(side_by_side(row["prompt"], answers))
     prompt = rows[-1]["prompt"]
-    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    parts.append(what_next(folder, config, prompt.split("\n")[0]))
+    prompt = prompt.split("\n")[0] if isinstance(prompt, str) else json.dumps(prompt)
+    parts.append(what_next(folder, config, prompt))
     return "\n" + "\n".join(filter(None, parts))
 
 
@@ -284,21 +284,35 @@ def what_next(folder, config, prompt):
 # Warnings: where a run cannot be good, or went wrong, and what to do
 
 FEW_STEPS, FEW_PROMPTS = 50, 30
+LARGE_LR = 5e-5
 MOST_KL = 1.0  # nats a token
 MORE_DEGENERATE = 10  # % of the answers
 
 
-def warn_before(steps, prompts):
-    """Before training. steps: of SafeDPO. prompts: how many are held out, to sample answers for."""
+def warn_before(config, steps, prompts, is_real):
+    """Before training: the settings of SafeDPO, and what cannot be good in them.
+
+    steps: of SafeDPO. prompts: how many are held out, to sample answers for. is_real: whether the
+    model comes from elsewhere.
+    """
+    print(
+        f"SafeDPO: β = {config.beta:g}, Δ = {config.delta:g}, --lr {config.lr:g}, "
+        f"steps: {steps} of {config.batch_size} pairs"
+    )
+    if is_real and config.lr > LARGE_LR:
+        warn(
+            f"--lr {config.lr:g} fits a small model that learns from nothing; a model from "
+            "elsewhere wants far less (--lr 1e-6 --beta 0.1 --delta 10 in the paper)"
+        )
     if steps < FEW_STEPS:
         warn(
-            f"{steps} steps are few to learn from; a smaller --batch_size, more --epochs or more "
-            "data make more"
+            f"few steps to learn from ({steps}); a smaller --batch_size, more --epochs or more "
+            "data give more"
         )
     if prompts < FEW_PROMPTS:
         warn(
-            f"{prompts} held-out prompts are few to judge by; a larger --eval_prompts or test "
-            "split gives more"
+            f"few held-out prompts to judge by ({prompts}); a larger --eval_prompts or test split "
+            "gives more"
         )
 
 
@@ -345,7 +359,7 @@ def plot(results, path):
     judged = {name: result for name, result in results.items() if is_judged(result)}
     if not judged:
         raise ValueError(
-            "--plot: no run has helpfulness and harmless ratio; their data has no annotator "
+            "--plot: no run has helpfulness and harmless ratio; their data have no judge "
             "(--reward_model, --cost_model)"
         )
     for name in results.keys() - judged.keys():

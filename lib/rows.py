@@ -103,8 +103,8 @@ def refuse_twice(paths, files):
         other = seen.setdefault(unsized.lower(), path)
         if other is not path:
             raise ValueError(
-                f"{path}: seems to hold rows of {other} once more, packed otherwise or as another "
-                "size of the set; expected one of them, as a file or by its own folder"
+                f"{path}: seems to hold rows of {other} once more, or another size of the same "
+                "set; name the one that you mean, by its file or its own folder"
             )
 
 
@@ -136,7 +136,8 @@ def read_rows(path, needed=list):
             "expected a whole file, packed as its name says"
         )
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 ({e.reason}), after {place}; expected text in UTF-8")
+        after = f", after {place}" if place != path else ""
+        raise ValueError(f"{path}: not UTF-8 ({e.reason}{after}); expected text in UTF-8")
 
 
 def json_rows(file, path, needed):

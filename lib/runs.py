@@ -228,8 +228,8 @@ def finished_run(folder):
     for name in ("config.json", "reference.pt", "policy.pt"):
         if not (folder / name).exists():
             raise ValueError(
-                f"{folder}: holds no finished run ({name} is missing); "
-                "expected a folder that train.py wrote"
+                f"{folder}: holds no finished run ({name} is missing); expected a folder that "
+                "train.py wrote; train.py --resume goes on with a stopped run"
             )
     path = folder / "config.json"
     expected = {"data": str, "pairs": str, "beta": number, "delta": number, "max_length": int}

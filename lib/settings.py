@@ -23,14 +23,16 @@ class Settings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     eval_prompts: int = flag(600, "test prompts to sample an answer for", above=0)
-    temperature: float = flag(1.0, "of sampling; 0 takes the most probable token", least=0)
-    top_k: int = flag(0, "sample from that many most probable tokens; 0: from all", least=0)
+    temperature: float = flag(
+        1.0, "temperature of sampling; 0 takes the most probable token", least=0
+    )
+    top_k: int = flag(0, "sample only from the k most probable tokens; 0: from all", least=0)
     top_p: float = flag(
         1.0, "sample from the smallest set of tokens with this probability", above=0, most=1
     )
     max_new_tokens: int = flag(256, "tokens after which a sampled answer is cut off", above=0)
     sample_length: int = flag(
-        0, "tokens of a prompt and its sampled answer together; 0: no bound", least=0
+        0, "most tokens of a prompt and its sampled answer together; 0: no bound", least=0
     )
     verbose: bool = flag(False, "print every figure, not only the short table")
 
@@ -94,19 +96,23 @@ class TrainConfig(Settings):
         least=0,
     )
     sft_lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
-    sft_batch_size: int = flag(8, "pairs a step of SFT, both answers of each", above=0)
+    sft_batch_size: int = flag(
+        8, "pairs in a step of SFT, which learns both answers of each", above=0
+    )
     epochs: int = flag(1, "passes of SafeDPO", above=0)
     lr: float = flag(4e-4, "peak learning rate of SafeDPO", above=0)
-    batch_size: int = flag(64, "pairs a step of SafeDPO", above=0)
-    micro_batch_size: int = flag(16, "pairs a forward pass", above=0)
+    batch_size: int = flag(64, "pairs in a step of SafeDPO", above=0)
+    micro_batch_size: int = flag(16, "pairs in a forward pass", above=0)
     warmup: float = flag(
         0.3,
         "share of the steps in which the learning rate rises; then a cosine to 0",
         least=0,
         most=1,
     )
-    weight_decay: float = flag(0.05, "of AdamW, on matrices", least=0)
-    beta2: float = flag(0.99, "of AdamW: decay of the squared gradients' mean", above=0, most=1)
+    weight_decay: float = flag(0.05, "weight decay of AdamW, on matrices", least=0)
+    beta2: float = flag(
+        0.99, "AdamW's second beta, the decay of the squared gradients' mean", above=0, most=1
+    )
     grad_clip: float = flag(1.0, "norm to which gradients are clipped", above=0)
     save_every: int = flag(100, "steps between two saves of the training state", above=0)
 
@@ -119,7 +125,9 @@ class EvalConfig(Settings):
     )
     split: str = flag("test", "split to draw prompts from: train, test, and in the village unseen")
     prompt: str = flag(
-        "", "show some answers of reference and policy to this prompt, and nothing else"
+        "",
+        "show some answers of reference and policy to this prompt, a text or messages as JSON, and "
+        "nothing else",
     )
     reward_model: str = flag(
         "",
@@ -144,7 +152,9 @@ class EvalConfig(Settings):
         path=True,
     )
     export: str = flag(
-        "", "write the run's policy into this new Hugging Face folder, no more", path=True
+        "",
+        "write the run's policy into this new Hugging Face folder, and do nothing else",
+        path=True,
     )
     export_dtype: str = flag(
         "auto",

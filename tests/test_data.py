@@ -1,5 +1,6 @@
 """Pairs of text to batches: every token accounted for."""
 
+import dataclasses
 import json
 import tracemalloc
 from collections import Counter
@@ -137,6 +138,23 @@ def test_both_splits_are_counted_and_T_on_the_test_split_stops_nothing(capsys, t
     splits["test"] = data.records.Records("the test file", lambda notes: iter(list_of(30)))
     with pytest.raises(ValueError, match="the test file: every prompt fills --max_length 20 alone"):
         data.training_pairs(splits, tokenizer, config)
+
+
+def test_more_cuts_than_whole_answers_and_an_idle_margin_are_warned_of(capsys, tokenizer):
+    for answer, unsafe, cut, idle in (("no", True, False, False), ("no" * 50, False, True, True)):
+        rows = [
+            Record(f"{i}?", answer + "a", answer + "b", True, not unsafe, 0, 0) for i in range(9)
+        ]
+        rows = [r for r in rows if r.response_0 != r.response_1]
+        splits = dict.fromkeys(
+            ("train", "test"), data.records.Records("here", lambda notes, rows=rows: iter(rows))
+        )
+        if cut:
+            rows[:] = [dataclasses.replace(r, response_1="b" + r.response_1) for r in rows]
+        data.training_pairs(splits, tokenizer, TrainConfig(max_length=20))
+        said = capsys.readouterr().out
+        assert ("more than half of these answers are cut" in said) == cut
+        assert ("so that Δ does nothing" in said) == idle
 
 
 def list_of(n):

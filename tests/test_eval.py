@@ -29,7 +29,7 @@ def test_a_finished_run_is_judged_without_an_annotator(finished):
     assert result["policy"]["kl"]["value"] != 0 and result["policy"]["n"] == 8
     assert result["reference"]["preferences"]["rewards/margins"] == 0
     text = table({"run": result})
-    assert "that data has no annotator" in text and "safe-unsafe" in text and "benign" not in text
+    assert "these data have no judge" in text and "safe-unsafe" in text and "benign" not in text
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and samples[0].keys() == {"prompt", "reference", "policy"}
 

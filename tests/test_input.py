@@ -144,7 +144,7 @@ def test_bad_rows_through_the_command(capsys, rows, tmp_path, monkeypatch):
                 .replace("What", f"{i} What")
                 for i in range(50)
             ]
-        ): "no pair is left to train on; train pairs (safedpo): 0 kept safe-safe, 0 kept "
+        ): "no pair is left to train on: train pairs (safedpo): 0 kept safe-safe, 0 kept "
         "safe-unsafe, 0 swapped, 45 dropped; expected rows with a safe answer",
     }.items():
         (tmp_path / "data.jsonl").write_text(content)
@@ -377,7 +377,7 @@ def test_data_of_one_kind(rows, capsys, tmp_path):
     capsys.readouterr()
     unsafe = write(tmp_path / "unsafe", label(False, False), rows["test"][:9])
     assert (
-        "no pair is left to train on; train pairs (safedpo): 0 kept safe-safe, 0 kept safe-unsafe, "
+        "no pair is left to train on: train pairs (safedpo): 0 kept safe-safe, 0 kept safe-unsafe, "
         "0 swapped, 96 dropped; expected rows with a safe answer"
         in complaint(
             train.main, [*TINY, "--data", unsafe, "--out_dir", str(tmp_path / "none")], capsys

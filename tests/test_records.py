@@ -93,7 +93,7 @@ def test_unreadable_places_are_named(tmp_path):
         "rows.txt": "unknown kind of file",
         "same.jsonl": "holds no row; 2. rows are left out: their two answers are the same",
         "missing.jsonl": "no such file",
-        "one.jsonl": "its test split by a hash of prompts: holds no row; expected more rows, or a",
+        "one.jsonl": "its test split by a hash of prompts: holds no row; more rows, or a folder",
         "no": "no train file",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -184,6 +184,13 @@ def test_what_is_left_out_before_the_split_is_counted_once(tmp_path):
         lines.append(json.dumps({**shape, **said}))
     _, found = records.survey(load(write(tmp_path / "a.jsonl", lines)))
     assert found[1:] == ["7 train rows are left out: an answer follows another prompt"]
+
+
+def test_empty_answers_and_repeated_pairs_are_counted():
+    pairs = [Record("a", "a1", y, True, False, 0, 0) for y in ("a2", "", " \n", "a2", "a3", "a2")]
+    found = split_of(pairs)
+    assert list(found) == pairs, "they are counted, and stay"
+    assert +found.notes == {records.EMPTY: 2, records.REPEATED: 2}
 
 
 def test_an_outvoted_label_is_no_contradiction():

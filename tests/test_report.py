@@ -72,12 +72,15 @@ def judged(pairs, harmless, over_refusal, refusal):
 
 
 def test_what_cannot_be_good_is_said_before(capsys):
-    warn_before(50, 30)
-    assert not capsys.readouterr().out
-    warn_before(49, 29)
-    few, prompts = capsys.readouterr().out.splitlines()
-    assert few.startswith("warning: 49 steps are few") and "--batch_size" in few
-    assert prompts.startswith("warning: 29 held-out prompts are few")
+    config = TrainConfig(delta=5.0, lr=1e-4)
+    warn_before(config, 50, 30, False)
+    said = "SafeDPO: β = 2, Δ = 5, --lr 0.0001, steps: 50 of 64 pairs"
+    assert capsys.readouterr().out.splitlines() == [said]
+    warn_before(config, 49, 29, True)
+    _, large, few, prompts = capsys.readouterr().out.splitlines()
+    assert large.startswith("warning: --lr 0.0001 fits a small model") and "--lr 1e-6" in large
+    assert few.startswith("warning: few steps to learn from (49)") and "--batch_size" in few
+    assert prompts.startswith("warning: few held-out prompts to judge by (29)")
 
 
 def test_what_went_wrong_is_said_after(capsys):
@@ -127,7 +130,7 @@ def test_without_a_judge_the_order_of_held_out_pairs_is_shown(tmp_path):
     for name in ("reference", "policy"):
         whole[name] |= dict.fromkeys(("harmless_ratio", "helpfulness", "over_refusal", "refusal"))
     said = what_happened(whole)
-    assert "that data has no annotator" in said and "held-out pairs" in said
+    assert "these data have no judge" in said and "held-out pairs" in said
     assert "held-out pairs" in table({"a run": whole})
 
 

@@ -61,6 +61,10 @@ def test_conversations_are_trained_on_sampled_judged_and_exported(folder, tmp_pa
     assert text.startswith("<|im_start|>system\nYou are a helpful")
     n = len(fast(text, add_special_tokens=False).input_ids)
     assert f"a prompt as the model reads it, {n} tokens: {text!r}\n" in said
+    assert f"--prompt '{json.dumps(rows[3]['prompt'])}'" in said
+    eval_room.main([str(run), "--device", "cpu", "--prompt", json.dumps(rows[3]["prompt"])])
+    asked = capsys.readouterr().out
+    assert asked.count("Good day.") == 3 and asked.count("policy:") == 3
     eval_room.main([str(run), "--export", str(tmp_path / "out")])
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == QWEN
     make_judge(tmp_path / "judge")
