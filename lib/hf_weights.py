@@ -184,8 +184,8 @@ def open_tensors(path):
     the process's memory until it is closed.
     """
     library = safetensors_library()
-    checkpoint.refuse_pointer(path)
     try:
+        checkpoint.refuse_pointer(path)
         with library.safe_open(path, "pt") as file:
             yield file
     except (library.SafetensorError, OSError) as e:
