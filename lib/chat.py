@@ -22,6 +22,7 @@ TEMPLATES = {  # for --prompt_template, by name; a BOS is left to the tokenizer,
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
+LONGEST = 10**6  # characters that a template may write by itself
 MARKS = (  # by which a text that is in a template already is known, beside its special tokens
     "<|im_start|>",
     "<|start_header_id|>",
@@ -92,13 +93,13 @@ class Template:
         environment.globals["strftime_now"] = datetime.date.fromisoformat(date).strftime
         try:
             self.compiled = environment.from_string(source)
-        except jinja2.TemplateError as e:
-            raise ValueError(f"the chat template cannot be read ({e})")
+        except Exception as e:  # the library raises nearly anything
+            raise ValueError(f"the chat template cannot be read ({one_line(e)})")
 
     def render(self, messages, generate):
         """The text of a conversation. generate: with what stands before an assistant's answer."""
         try:
-            return self.compiled.render(
+            text = self.compiled.render(
                 messages=[m._asdict() for m in messages],
                 tools=None,
                 documents=None,
@@ -107,26 +108,30 @@ class Template:
             )
         except Exception as e:  # a template may do anything
             roles = ", ".join(m.role for m in messages)
-            raise ValueError(f"the chat template does not take messages of {roles} ({e})")
+            raise ValueError(f"the chat template does not take messages of {roles} ({one_line(e)})")
+        if len(text) > LONGEST + 10 * sum(len(m.content) for m in messages):
+            raise ValueError(f"the chat template writes {len(text)} characters; expected fewer")
+        return text
 
     def render_marks(self, roles, generate):
         """The text of a conversation with a mark for each message, with SPACE on both sides."""
         return self.render([Message(role, mark(i)) for i, role in enumerate(roles)], generate)
 
     def around_answer(self):
-        """(white space that the template writes before an answer, the text that it writes behind).
+        """(white space that the template writes before an answer, the text that it writes behind,
+        whether it takes the answer's own white space away on the left, on the right).
 
-        ("", "") where it takes no answer.
+        ("", "", (False, False)) where it takes no answer.
         """
         try:
             asked = self.render_marks(("user",), generate=True)
             whole = self.render_marks(("user", "assistant"), generate=False)
             (answer,) = (found for found in MARK.finditer(whole) if found[2] == "1")
         except ValueError:
-            return "", ""
+            return "", "", (False, False)
         before, behind = whole[: answer.start()], whole[answer.end() :]
         space = before.removeprefix(asked)
-        return space if space.isspace() else "", behind
+        return space if space.isspace() else "", behind, stripped_sides(answer)
 
 
 class Generation(Extension):
@@ -137,6 +142,21 @@ class Generation(Extension):
     def parse(self, parser):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def stripped_sides(mark):
+    """Whether the template strips the message of a found MARK on its left, on its right."""
+    return not mark[1], not mark[3]
+
+
+def strip(text, sides):
+    left, right = sides
+    text = text.lstrip() if left else text
+    return text.rstrip() if right else text
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def to_json(value, **options):

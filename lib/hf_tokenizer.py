@@ -6,6 +6,7 @@ it, and which ids end an answer. These files often disagree.
 
 import json
 import shlex
+from pathlib import Path
 
 from lib import checkpoint
 from lib.chat import TEMPLATES, Message, Template, jinja_of_text
@@ -18,7 +19,7 @@ SETTINGS_FILES = (
     "generation_config.json",
     "config.json",
 )
-TEMPLATE_FILES = ("chat_template.json", "tokenizer_config.json")
+TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.json")
 COPIED_FILES = (  # what --export writes as it was read, except for the dtype in config.json
     "config.json",
     "generation_config.json",
@@ -47,10 +48,12 @@ def load_tokenizer(folder, template=None, date=None):
     answer in training is the one that the chat template writes behind one, else the tokenizer's.
     """
     files, decoded = read_files(folder)
-    settings = decoded.get("special_tokens_map.json", {}) | decoded.get("tokenizer_config.json", {})
+    settings = decoded.get("special_tokens_map.json", {})
+    config = decoded.get("tokenizer_config.json", {})
+    settings |= {name: value for name, value in config.items() if value is not None}
     bpe, eos, first = checked_bpe(folder, files, decoded, settings)
     if template is None:
-        source, first = find_chat_template(files), []  # it writes its BOS itself
+        source, first = find_chat_template(files, folder), []  # it writes its BOS itself
     else:
         source = jinja_of_text(without(first, template, bpe), eos)
     if source is None:
@@ -104,6 +107,8 @@ def checked_bpe(folder, files, decoded, settings):
         eos = token_text(settings.get("eos_token"))
         decoder = settings.get("added_tokens_decoder") or {}
         others = {*decoded.get("added_tokens.json", {}), *map(token_text, decoder.values())}
+        others |= {*tokens_in(settings), token_text(settings.get("bos_token") or eos)}
+        others = {text for text in others if bpe.token_to_id(text) is None}
     except Exception as e:  # the library raises nothing more specific
         raise ValueError(
             f"{path}: cannot be used ({str(e).splitlines()[0]}); "
@@ -114,10 +119,9 @@ def checked_bpe(folder, files, decoded, settings):
             f"{folder / 'tokenizer_config.json'}: eos_token is {eos}; "
             "expected one of tokenizer.json's added_tokens"
         )
-    if others - added:
+    if others:
         raise ValueError(
-            f"{path}: lacks {min(others - added)}, which files beside it add; "
-            f"{make_tokenizer(folder)}"
+            f"{path}: lacks {min(others)}, which files beside it add; {make_tokenizer(folder)}"
         )
     mask = encoded.special_tokens_mask  # 1 at special tokens, 0 at those of "x"
     return bpe, eos, encoded.ids[: mask.index(0)] if 0 in mask else []
@@ -131,14 +135,26 @@ def added_texts(bpe):
     return {token.content for token in bpe.get_added_tokens_decoder().values()}
 
 
-def find_chat_template(files):
+def find_chat_template(files, folder=""):
     """The chat template among a folder's files, or None: in a file of its own, or in the others."""
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    found = (json.loads(files.get(name, b"{}")) for name in TEMPLATE_FILES)
+        try:
+            return files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as e:
+            place = Path(folder, "chat_template.jinja")
+            raise ValueError(f"{place}: not UTF-8 ({e.reason}); expected text in UTF-8")
+    found = (
+        checkpoint.parse_json(files.get(name, b"{}"), Path(folder, name)) for name in TEMPLATE_FILES
+    )
     template = next((f["chat_template"] for f in found if f.get("chat_template")), None)
-    if isinstance(template, list):  # several, with names
-        template = {t["name"]: t["template"] for t in template}.get("default")
+    try:
+        if isinstance(template, list):  # several, with names
+            template = {t["name"]: t["template"] for t in template}
+        template = template.get("default") if isinstance(template, dict) else template
+    except (TypeError, KeyError):
+        template = 0
+    if not isinstance(template, (str, type(None))):
+        raise ValueError(f"{folder}: its chat_template is no text; expected one, or named ones")
     return template
 
 
@@ -149,7 +165,7 @@ def without(first, template, bpe):
 
 def end_of_answer(source, variables, bpe):
     """The id of the added token that a chat template writes behind an answer, or None."""
-    _, behind = Template(source, variables, "2026-01-01").around_answer()
+    _, behind, _ = Template(source, variables, "2026-01-01").around_answer()
     ids = bpe.encode(behind.strip(), add_special_tokens=False).ids
     return ids[0] if ids and bpe.id_to_token(ids[0]) in added_texts(bpe) else None
 
@@ -157,7 +173,15 @@ def end_of_answer(source, variables, bpe):
 def token_ids(value, bpe):
     """A file's eos_token_id, one id or several, as a set of those that the tokenizer has."""
     ids = value if isinstance(value, list) else [value]
-    return {i for i in ids if type(i) is int and i >= 0 and bpe.id_to_token(i) is not None}
+    ids = (i for i in ids if type(i) is int and 0 <= i < 2**31)
+    return {i for i in ids if bpe.id_to_token(i) is not None}
+
+
+def tokens_in(settings):
+    """The texts of the special tokens that files beside tokenizer.json list without a name."""
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = settings.get(name) or []
+        yield from map(token_text, value.values() if isinstance(value, dict) else value)
 
 
 def names_of(ids, bpe):
@@ -184,7 +208,8 @@ def exported_files(tokenizer, files):
     ends = [tokenizer.eos, *(i for i in tokenizer.ends if i != tokenizer.eos)]
     for name in ("config.json", "generation_config.json"):
         content = json.loads(files.get(name, b"{}"))
-        if tokenizer.eos not in token_ids(content.get("eos_token_id"), tokenizer.bpe):
+        needed = ends if name == "generation_config.json" else ends[:1]
+        if not {*needed} <= token_ids(content.get("eos_token_id"), tokenizer.bpe):
             content["eos_token_id"] = ends if len(ends) > 1 else tokenizer.eos
             files[name] = json.dumps(content, indent=2).encode()
     changes = {"eos_token": tokenizer.bpe.id_to_token(tokenizer.eos)}

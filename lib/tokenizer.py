@@ -10,7 +10,17 @@ import json
 from contextlib import suppress
 from typing import NamedTuple
 
-from lib.chat import MARK, MARKS, Message, Template, jinja_of_text, mark, messages_of
+from lib.chat import (
+    MARK,
+    MARKS,
+    Message,
+    Template,
+    jinja_of_text,
+    mark,
+    messages_of,
+    strip,
+    stripped_sides,
+)
 
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -58,7 +68,7 @@ class Tokenizer:
         self.date = date or datetime.date.today().isoformat()
         self.files = files or {}
         self.chat = Template(template, self.variables, self.date)
-        self.space, _ = self.chat.around_answer()
+        self.space, _, self.strips_answers = self.chat.around_answer()
         self.bpe = load_bpe(serialized)  # reads added tokens in a text
         added = self.bpe.get_added_tokens_decoder()
         self.added = {i: token.content for i, token in added.items()}
@@ -70,7 +80,7 @@ class Tokenizer:
                     f"the EOS {self.bpe.id_to_token(i)!r} can stand in a text; "
                     "expected it as an added token in tokenizer.json"
                 )
-        self._layouts = {}
+        self._layouts = {}  # roles → (marked text, layout)
         layout = self._layout(("user",))
         for roles in (("system", "user"), ("user", "assistant", "user")):
             with suppress(ValueError):  # a template need not take these
@@ -127,11 +137,13 @@ class Tokenizer:
         (*_, last) = self._layout(("user", "answer"))
         alone = len(last.parts) == 3 and not last.parts[0]
         place = last.place if alone else BARE
-        return [ids + [self.eos] for ids in self._encode(place, (self.space + y for y in texts))]
+        texts = (self.space + strip(y, self.strips_answers) for y in texts)
+        return [ids + [self.eos] for ids in self._encode(place, texts)]
 
     def dialogues(self, prompts, answers):
         """The ids of each prompt in its template with its answer, as one text, without EOS."""
-        return self._fill((*messages_of(x), Message("answer", y)) for x, y in zip(prompts, answers))
+        answers = (Message("answer", strip(y, self.strips_answers)) for y in answers)
+        return self._fill((*messages_of(x), y) for x, y in zip(prompts, answers))
 
     def spells_special(self, pair):
         """Whether a pair's texts spell a special token, or a mark of a chat template."""
@@ -147,25 +159,30 @@ class Tokenizer:
 
         Its last role may be "answer", which follows what stands before an assistant's answer.
         """
-        if roles in self._layouts:
-            return self._layouts[roles]
-        asked = roles[:-1] if roles[-1] == "answer" else roles
-        marked = self.chat.render_marks(asked, generate=True)
-        if asked != roles:
-            marked += self.space + mark(len(asked))
-        self._layouts[roles] = layout = self.first + list(self._cut(marked))
-        whole = self.chat.render([Message(role, "x") for role in asked], generate=True)
-        whole += (self.space + "x") * (asked != roles)
-        segments = [x for x in layout if isinstance(x, Segment)]
-        if not any(slot.message == len(asked) - 1 for x in segments for slot in x.parts[1::2]):
-            raise ValueError(f"the chat template leaves out the last message of {asked}")
-        (in_parts,) = self._fill([[Message(role, "x") for role in roles]])
-        if in_parts != self.first + self._parse(whole).ids:
-            raise ValueError(
-                "the chat template's parts are other tokens than the whole; "
-                "expected fewer added tokens in it"
-            )
-        return layout
+        if roles not in self._layouts:
+            marked = self._render([Message(role, mark(i)) for i, role in enumerate(roles)])
+            layout = self.first + list(self._cut(marked))
+            last = len(roles) - 1 - (roles[-1] == "answer")
+            segments = [x for x in layout if isinstance(x, Segment)]
+            if not any(slot.message == last for x in segments for slot in x.parts[1::2]):
+                raise ValueError(f"the chat template leaves out the last message of {roles}")
+            messages = [Message(role, f"x{i}") for i, role in enumerate(roles)]
+            if (
+                self._joined(layout, messages)
+                != self.first + self._parse(self._render(messages)).ids
+            ):
+                raise ValueError(
+                    "the chat template's parts are other tokens than the whole; expected one that "
+                    "writes messages as they are, between added tokens"
+                )
+            self._layouts[roles] = marked, layout
+        return self._layouts[roles][1]
+
+    def _render(self, messages):
+        """The text of a conversation, with what stands before an answer, or with one ("answer")."""
+        if messages[-1].role != "answer":
+            return self.chat.render(messages, generate=True)
+        return self.chat.render(messages[:-1], generate=True) + self.space + messages[-1].content
 
     def _cut(self, marked):
         """The layout of a text with marks."""
@@ -189,16 +206,44 @@ class Tokenizer:
         """The ids of each conversation, a sequence of messages."""
         layouts, texts = [], ([], [], [])
         for messages in conversations:
-            layout = self._layout(tuple(m.role for m in messages))
+            layout = self._layout_of(messages)
             layouts.append(layout)
             for segment in layout:
                 if isinstance(segment, Segment):
-                    texts[segment.place].append(filled(segment, messages))
+                    texts[segment.place].append(filled(segment.parts, messages))
         ids = [iter(self._encode(place, texts[place])) for place in (FIRST, INNER, BARE)]
         return [
             [i for x in layout for i in (next(ids[x.place]) if isinstance(x, Segment) else (x,))]
             for layout in layouts
         ]
+
+    def _layout_of(self, messages):
+        """The layout of a conversation's roles; or all its ids, where the template does with these
+        messages what it does not do with others: it cuts a part out, or leaves an empty one out.
+
+        ValueError if one of them then spells an added token, which could not be told from the
+        template's.
+        """
+        layout = self._layout(tuple(m.role for m in messages))
+        marked, _ = self._layouts[tuple(m.role for m in messages)]
+        text = self._render(messages)
+        if text == filled(tuple(slots(marked)), messages):
+            return layout
+        for message in messages:
+            if spelled := [t for t in self.added.values() if t and t in message.content]:
+                raise ValueError(
+                    f"the chat template changes the message {message.content[:60]!r}, which spells "
+                    f"{spelled[0]!r}; expected one or the other"
+                )
+        return self.first + self._parse(text).ids
+
+    def _joined(self, layout, messages):
+        """The ids of one conversation in a layout."""
+        ids = []
+        for x in layout:
+            is_text = isinstance(x, Segment)
+            ids += self._encode(x.place, [filled(x.parts, messages)])[0] if is_text else [x]
+        return ids
 
     def _encode(self, place, texts):
         """The ids of each text in that place, without any added token."""
@@ -226,22 +271,17 @@ def slots(text):
     end = 0
     for found in MARK.finditer(text):
         yield text[end : found.start()]
-        yield Slot(int(found[2]), (not found[1], not found[3]))
+        yield Slot(int(found[2]), stripped_sides(found))
         end = found.end()
     yield text[end:]
 
 
-def filled(segment, messages):
-    """The text of a segment of a conversation."""
-    texts = []
-    for part in segment.parts:
-        if isinstance(part, Slot):
-            left, right = part.strip
-            part = messages[part.message].content
-            part = part.lstrip() if left else part
-            part = part.rstrip() if right else part
-        texts.append(part)
-    return "".join(texts)
+def filled(parts, messages):
+    """The text of parts, as slots gives them, with a conversation in the slots."""
+    return "".join(
+        strip(messages[part.message].content, part.strip) if isinstance(part, Slot) else part
+        for part in parts
+    )
 
 
 # --------------------------------------------------------------------------------------------------
