@@ -60,7 +60,7 @@ def training_pairs(splits, tokenizer, config):
     if not len(pairs):
         raise ValueError(
             f"no pair is left to train on: {'; '.join(about)}; expected rows with a safe answer, "
-            f"and a --max_length that leaves room for answers"
+            "and a --max_length that leaves room for answers"
         )
     if not prompts(splits["test"], tokenizer, config.max_length, 1):
         raise ValueError(

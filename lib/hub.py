@@ -58,7 +58,11 @@ def path_of(name, kind, patterns):
             f"({reason})"
         )
     path = Path(folder, inside)
-    found = path.is_file() or any(path.rglob("*.safetensors" if kind == "model" else "*.*"))
+    files = [path, *path.rglob("*")]  # the cache may hold others too
+    if kind == "model":
+        found = any(file.suffix == ".safetensors" for file in files)
+    else:
+        found = any(parts_of_name(file)[1] and file.is_file() for file in files)
     if not found and kind == "model":
         raise ValueError(
             f"{name}: the Hugging Face hub has no model*.safetensors there, and nothing else is "

@@ -80,7 +80,7 @@ class Tokenizer:
                     f"the EOS {self.bpe.id_to_token(i)!r} can stand in a text; "
                     "expected it as an added token in tokenizer.json"
                 )
-        self._layouts = {}  # roles → (marked text, layout)
+        self._layouts = {}  # roles → (the whole text as slots gives it, layout)
         layout = self._layout(("user",))
         for roles in (("system", "user"), ("user", "assistant", "user")):
             with suppress(ValueError):  # a template need not take these
@@ -175,7 +175,7 @@ class Tokenizer:
                     "the chat template's parts are other tokens than the whole; expected one that "
                     "writes messages as they are, between added tokens"
                 )
-            self._layouts[roles] = marked, layout
+            self._layouts[roles] = tuple(slots(marked)), layout
         return self._layouts[roles][1]
 
     def _render(self, messages):
@@ -224,10 +224,11 @@ class Tokenizer:
         ValueError if one of them then spells an added token, which could not be told from the
         template's.
         """
-        layout = self._layout(tuple(m.role for m in messages))
-        marked, _ = self._layouts[tuple(m.role for m in messages)]
+        roles = tuple(m.role for m in messages)
+        layout = self._layout(roles)
+        parts, _ = self._layouts[roles]
         text = self._render(messages)
-        if text == filled(tuple(slots(marked)), messages):
+        if text == filled(parts, messages):
             return layout
         for message in messages:
             if spelled := [t for t in self.added.values() if t and t in message.content]:
