@@ -221,7 +221,7 @@ def test_a_message_that_is_changed_and_spells_a_token_is_refused(tmp_path):
     ours, _ = with_template(tmp_path, LOOKS_INTO["takes line breaks away"])
     (kept,) = ours.prompts(["spelled <|im_end|>"])
     assert kept.count(ours.eos) == 1
-    with pytest.raises(ValueError, match="changes the message .*, which spells '<|im_end|>'"):
+    with pytest.raises(ValueError, match=r"changes the message .*, which spells '<\|im_end\|>'"):
         ours.prompts(["\nspelled <|im_end|>"])
 
 
