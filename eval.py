@@ -16,7 +16,7 @@ from pathlib import Path
 from lib import checkpoint, judges, records, report, runs
 from lib.chat import as_json
 from lib.device import pick_device, pick_dtype
-from lib.export import export
+from lib.export import export, export_adapter
 from lib.flags import parse, run
 from lib.formats import prompt_in
 from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
@@ -184,10 +184,12 @@ def settings_of(flags, given):
 
 
 def export_policy(config):
-    """--export: write a run's policy as a Hugging Face folder."""
+    """--export: write a run's policy as a Hugging Face folder; --export_adapter: its adapters."""
     if len(config.runs) > 1:
         raise ValueError("--export writes one policy; expected one folder of a run")
     flags, device = runs.finished_run(config.runs[0]), pick_device(config.device)
+    if config.export_adapter:
+        return export_adapter(config.runs[0], config.export_adapter)
 
     def held_out(tokenizer):
         split = itertools.islice(data.load(config.data or flags["data"])["test"], EXPORT_RECORDS)
@@ -230,9 +232,8 @@ def main(argv=None):
             answers = answer_prompt(folder, config.prompt, given)
             print(folder + "".join(report.side_by_side(config.prompt, some) for some in answers))
         return
-    if config.export:
-        export_policy(config)
-        return
+    if config.export or config.export_adapter:
+        return export_policy(config)
     if config.plot:
         report.pyplot()  # an error before the work, not after it
     judges.check(config)

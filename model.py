@@ -241,6 +241,7 @@ class Transformer(nn.Module):
         self.checkpointing = (
             False  # True: a block's inner values are computed again in the backward pass, not kept
         )
+        self.adapters = None  # what is known of those on it: see lib/policy.py
         self.tie()
         self.apply(self._init)
 
@@ -267,7 +268,7 @@ class Transformer(nn.Module):
         visible (A, 1, L, keys) bool takes the causal mask's place where caches hold earlier keys.
         """
         self.config.check_length(sequences.shape[1])
-        x = self.embedding(tokens)
+        x = self.embedding(tokens).float()  # the sum over the blocks stays in float32
         rotary = self.rotary(position)
         for i, block in enumerate(self.blocks):
             arguments = x, rotary, sequences, slot, visible, caches and caches[i]
@@ -296,37 +297,63 @@ class Transformer(nn.Module):
 # Log-probabilities, without ever holding all logits
 
 
+def product_type(x):
+    """The type in which a matrix product with x is computed: autocast's where it is on, or x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class TokenLogps(torch.autograd.Function):
     """log-softmax(hidden · headᵀ) at target: (N,) float32, nats.
 
     hidden (N, d), head (V, d), target (N,). Works through chunks of LOGITS_AT_ONCE elements. The
-    gradient is written out, ∂ logp / ∂ logits = onehot(target) − p, so that one chunk of p is all
-    that is ever held. If there is only one, it is kept for the backward pass; else each is computed
-    again there.
+    gradient is written out, with p = softmax(logits):
+
+        ∂ logp / ∂ logits = onehot(target) − p      ∂ logp / ∂ hidden = head[target] − p · head
+
+    so that one chunk of p is all that is ever held. A frozen head allows the second line as soon as
+    p is known. For the head's own gradient each p is computed again in the backward pass, unless
+    there is only one.
     """
 
     @staticmethod
     def forward(ctx, hidden, head, target):
         ctx.size = max(1, LOGITS_AT_ONCE // len(head))
-        logps = []
-        for h, t in zip(hidden.split(ctx.size), target.split(ctx.size)):
-            logits = F.linear(h, head)  # in autocast's type, if it is on
-            all_logps = logits.float().log_softmax(-1)
-            logps.append(all_logps.gather(1, t[:, None]).squeeze(1))
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(hidden, head, target, all_logps if len(logps) == 1 else None)
+        ctx.dtype = product_type(hidden)
+        ctx.is_frozen = not ctx.needs_input_grad[1]
+        weight, logps, directions = head.to(ctx.dtype), [], []
+        for h, t in zip(hidden.to(ctx.dtype).split(ctx.size), target.split(ctx.size)):
+            p, of_chunk = TokenLogps.softmax(h, weight, t)
+            logps.append(of_chunk)
+            if ctx.is_frozen and ctx.needs_input_grad[0]:
+                directions.append(weight[t].float() - (p.to(ctx.dtype) @ weight).float())
+        if ctx.is_frozen:
+            ctx.save_for_backward(torch.cat(directions) if directions else None)
+        else:
+            ctx.save_for_backward(hidden, head, target, p if len(logps) == 1 else None)
         return torch.cat(logps)
 
     @staticmethod
+    def softmax(h, weight, target):
+        """(p, log p[target]) of a chunk, float32; all in the memory of its logits."""
+        logits = F.linear(h, weight).float()
+        logits -= logits.amax(1, keepdim=True)
+        at_target = logits.gather(1, target[:, None])
+        p = logits.exp_()
+        total = p.sum(1, keepdim=True)
+        return p.div_(total), (at_target - total.log()).squeeze(1)
+
+    @staticmethod
     def backward(ctx, grad):
+        if ctx.is_frozen:
+            (directions,) = ctx.saved_tensors
+            return directions * grad[:, None], None, None
         hidden, head, target, only_chunk = ctx.saved_tensors
         hidden, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
         grad_hidden, grad_head = [], None
         for h, t, g in zip(*(x.split(ctx.size) for x in (hidden, target, grad))):
-            all_logps = only_chunk
-            if all_logps is None:
-                all_logps = F.linear(h, weight).float().log_softmax(-1)
-            grad_logits = all_logps.exp_().mul_(-g[:, None])  # in place: there is no second copy
+            p = TokenLogps.softmax(h, weight, t)[0] if only_chunk is None else only_chunk
+            grad_logits = p.mul_(-g[:, None])  # in place: there is no second copy
             grad_logits = grad_logits.scatter_add_(1, t[:, None], g[:, None]).to(ctx.dtype)
             grad_hidden.append(grad_logits @ weight)
             grad_of_chunk = (grad_logits.T @ h).to(head.dtype)

@@ -89,8 +89,9 @@ def learning_rate(step, steps, peak, warmup):
 
 def make_optimizer(model, weight_decay, beta2):
     """AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in weights if p.dim() >= 2]
+    others = [p for p in weights if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

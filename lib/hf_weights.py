@@ -4,6 +4,7 @@ A weight for which our transformer has no parameter is refused by name. Tensors 
 rows at a time, so that loading takes the memory of one copy.
 """
 
+import functools
 import math
 import shlex
 from contextlib import contextmanager
@@ -30,17 +31,29 @@ PICKLES = (
 # Our parameters
 
 
-def empty_model(model_class, config, device):
-    """A model whose weights are not yet written, so that there is never a second copy of them."""
+def empty_model(model_class, config, device, dtype=torch.float32):
+    """A model whose weights are not yet written, so that there is never a second copy of them.
+
+    dtype: of its matrices.
+    """
     with torch.device("meta"):
         model = model_class(config)
+    hold(model, dtype)
     try:
         model.to_empty(device=device)
     except RuntimeError as e:
-        count = sum(p.numel() for p in model.parameters())
+        size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         reason = str(e).splitlines()[0]
-        raise ValueError(f"{count} float32 weights do not fit on {device} ({reason})")
+        raise ValueError(f"{size:.1f} GB of weights do not fit on {device} ({reason})")
     model.tie()
+    return model
+
+
+def hold(model, dtype):
+    """Keep the matrices of the model in dtype, but for adapters: these and vectors stay float32."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "lora_" not in name:
+            weight.data = weight.data.to(dtype)
     return model
 
 
@@ -67,7 +80,8 @@ def block_weights(block, config):
         "mlp.down_proj.weight": block.mlp.down.weight,
     }
     rows = [heads * config.d_head for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    for kind, qkv in block.attention.qkv.named_parameters():  # kind: weight, or bias
+    for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+        qkv = getattr(block.attention.qkv, kind)
         for letter, part in zip("qkv", qkv.split(rows)):
             weights[f"self_attn.{letter}_proj.{kind}"] = part
     for letter, norm in zip("qk", block.attention.qk_norms):
@@ -80,9 +94,8 @@ def load_weights(weights, files, ignored=()):
     """Copy the files' tensors into weights, {name: tensor}.
 
     files: {name: path}. ignored: a tuple; names that begin with one of its texts are not read.
-    Returns the smallest dtype that holds all tensors exactly. ValueError names what does not fit.
+    ValueError names what does not fit.
     """
-    dtype = None
     missing = set(weights)
     for name in sorted(files, key=lambda name: name == HEAD):  # a tied head needs the embedding
         if name.endswith("rotary_emb.inv_freq") or name.startswith(ignored):
@@ -94,16 +107,21 @@ def load_weights(weights, files, ignored=()):
             raise ValueError(
                 f"{path}: {name} has no place in this transformer; expected Llama's names"
             )
-        file_dtype = copy_tensor(path, name, weight, tied)
-        dtype = torch.promote_types(dtype or file_dtype, file_dtype)
+        copy_tensor(path, name, weight, tied)
         missing.discard(name)
     if missing:
         raise ValueError(f"{path.parent}: {min(missing)} is missing from the weights")
-    return dtype
+
+
+def dtype_of(files):
+    """The smallest dtype that holds all tensors of {name: path} exactly."""
+    kinds = {tensor_header(path, name)[1] for name, path in files.items()}
+    dtypes = [DTYPES[kind] for kind in kinds & DTYPES.keys()] or [torch.float32]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def copy_tensor(path, name, weight, tied):
-    """Copy a file's tensor into weight, and return its dtype in the file.
+    """Copy a file's tensor into weight.
 
     tied: weight is the embedding, which is written already. The tensor must be the same.
     """
@@ -118,13 +136,13 @@ def copy_tensor(path, name, weight, tied):
         part = tensor_rows(path, name, start, start + rows)
         if not part.isfinite().all():
             raise ValueError(f"{path}: {name} holds weights that are no numbers")
-        if tied and not part.equal(weight[start : start + rows].to(part)):
+        narrower = min(part.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+        if tied and not part.to(narrower).equal(weight[start : start + rows].to(narrower)):
             raise ValueError(
                 f"{path}: lm_head.weight differs from the embedding, "
                 "though config.json says tie_word_embeddings"
             )
         weight[start : start + rows] = part
-    return DTYPES[kind]
 
 
 # --------------------------------------------------------------------------------------------------

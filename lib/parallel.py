@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# what is frozen is read from where it came
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def join():
@@ -147,7 +148,7 @@ def training_state(model, optimizer):
 
 
 def load_training_state(model, optimizer, weights, moments):
-    options = StateDictOptions(full_state_dict=True)
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
     set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
     )

@@ -1,11 +1,14 @@
 """A model with its tokenizer: from nothing, a checkpoint of ours or a Hugging Face folder; what it
 makes of answers (log-probabilities), and its own answers (samples)."""
 
+import hashlib
+import os
 from dataclasses import asdict
 from pathlib import Path
 
-from lib import checkpoint, hub, parallel, pretrained
+from lib import checkpoint, hf_adapter, hub, lora, parallel, pretrained
 from lib.device import autocast
+from lib.hf_weights import hold
 from lib.sampling import generate
 from lib.settings import SIZE_FLAGS
 from lib.tokenizer import Tokenizer
@@ -22,37 +25,105 @@ SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
 # Files
 
 
-def load_model(path, device):
-    """(model in eval mode, its tokenizer) from a checkpoint that train.py saved."""
+def load_model(path, device, dtype="float32"):
+    """(model in eval mode, its tokenizer) from a checkpoint that train.py saved.
+
+    dtype: of the matrices, by name; but adapters are float32. Where the checkpoint holds adapters
+    the base is read from where it lies. ValueError if it is not the one with which they learned.
+    """
+    model, tokenizer = read_model(path, device)
+    return hold(model, getattr(torch, dtype)).to(device).eval(), tokenizer
+
+
+def read_model(path, device):
+    """(model, its tokenizer) of a checkpoint, each matrix in the type in which it was trained."""
     state = checkpoint.load(path)
     if not isinstance(state, dict) or not {"config", "model", "tokenizer"} <= state.keys():
         raise ValueError(f"{path}: holds no model; expected a run's reference.pt or policy.pt")
+    about = state.get("adapters")
     try:
         with torch.device("meta"):  # no second copy of the weights
             model = Transformer(ModelConfig(**state["config"]))
         tokenizer = Tokenizer(**state["tokenizer"])
-        model.load_state_dict(state["model"], assign=True)
-        model.tie()
+        if about is None:
+            model.load_state_dict(state["model"], assign=True)
+            model.tie()
     except Exception as e:  # the tokenizer's library raises nothing more specific
         raise ValueError(f"{path}: holds no model of ours ({str(e).splitlines()[0]})")
-    return model.to(device).eval(), tokenizer
+    if about is None:
+        return model.to(device), tokenizer
+    try:
+        model = read_base(about["base"], tokenizer, about["base_dtype"], device)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{path}: holds adapters of {about['base']}, which cannot be read: {e}")
+    if about["base_sha256"] != (found := digest(model)):
+        raise ValueError(
+            f"{path}: its adapters belong to {about['base']} as it was (sha256 "
+            f"{about['base_sha256'][:8]}…), and that has changed ({found[:8]}…); expected the same "
+            "weights there"
+        )
+    put_adapters(model, about, seed=0)
+    try:
+        missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: holds no adapters of ours ({str(e).splitlines()[0]})")
+    if unexpected or any("lora_" in name for name in missing):
+        raise ValueError(f"{path}: holds no adapters of ours; expected a run's policy.pt")
+    return model, tokenizer
 
 
 def save_model(path, model, tokenizer):
-    """Write a checkpoint. FloatingPointError if a weight is no number: the last good one stays."""
+    """Write a checkpoint: the weights that learned. FloatingPointError if a weight is no number:
+    the last good one stays."""
     weights = parallel.model_state(model)
     if name := first_not_finite(weights):
         raise FloatingPointError(
             f"{path}: {name} holds weights that are no numbers; "
             "a smaller learning rate or Δ/β helps"
         )
-    config = asdict(parallel.bare(model).config)
-    checkpoint.save(path, {"config": config, "model": weights, "tokenizer": tokenizer.state()})
+    model = parallel.bare(model)
+    state = {"config": asdict(model.config), "model": weights, "tokenizer": tokenizer.state()}
+    checkpoint.save(path, {**state, "adapters": model.adapters})
 
 
 def first_not_finite(weights):
     """The name of the first of {name: weight} with an infinity or a NaN in it, or None."""
     return next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Adapters and their base
+
+
+def put_adapters(model, about, seed):
+    """Put adapters on the model. about: {"rank", "alpha", "base", "base_dtype", "base_sha256"}."""
+    lora.add(model, about["rank"], about["alpha"], seed)
+    model.adapters = about
+
+
+def read_base(name, tokenizer, base_dtype, device):
+    """The model of a folder or checkpoint, without adapters; its tokenizer is known already."""
+    source = hub.model_path(name)
+    if (file := our_checkpoint(source)) is None:
+        return pretrained.load_model(source, tokenizer, 0, device, base_dtype)[0]
+    model, _ = read_model(file, device)
+    return hold(model, torch.bfloat16 if base_dtype == "bfloat16" else torch.float32)
+
+
+def our_checkpoint(source):
+    """The file of ours that a path means, or None."""
+    if (source / "policy.pt").exists():
+        return source / "policy.pt"
+    return source if source.is_file() else None
+
+
+def digest(model):
+    """The sha256 of all weights, in the type in which they are held."""
+    sha = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        sha.update(name.encode())
+        sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,7 +139,7 @@ def starting_model(config, records, reference, device):
     if reference:
         earlier = reference.parent != Path(config.out_dir)
         print(f"reference: {reference}" + ", trained earlier with the same settings" * earlier)
-        return *load_model(reference, device), True
+        return *read_model(reference, device), True
     if config.init_from:
         print(f"{'start' if config.sft_epochs else 'reference'}: {config.init_from}")
         return *initial_model(config, device), not config.sft_epochs
@@ -80,28 +151,76 @@ def starting_model(config, records, reference, device):
 
 
 def initial_model(config, device):
-    """(model, tokenizer) of --init_from."""
-    source, template = hub.model_path(config.init_from), config.prompt_template
+    """(model, tokenizer) of --init_from: whole, or with adapters on a frozen base."""
+    source = hub.model_path(config.init_from)
     if not source.exists():
         raise ValueError(
             f"--init_from {source}: no such file or folder; it takes these, or OWNER/NAME on the "
             "Hugging Face hub"
         )
-    is_ours = (source / "policy.pt").exists() or source.is_file()
-    if not is_ours and not (source / "config.json").exists():
+    if hf_adapter.is_adapter(source):
+        rank, alpha, base = hf_adapter.read_config(source)
+        check_adapters(config, rank, alpha)
+        model, tokenizer = whole_model(base, config, device, config.base_dtype)
+        fit_adapters(model, rank, alpha, base, config)
+        if others := hf_adapter.load(model, source):
+            print(f"{config.init_from}: {others} of our linear layers have no adapter there; new")
+        return model, tokenizer
+    base_dtype = config.base_dtype if config.lora_rank else "float32"
+    model, tokenizer = whole_model(config.init_from, config, device, base_dtype)
+    if model.adapters:
+        check_adapters(config, model.adapters["rank"], model.adapters["alpha"])
+    elif config.lora_rank:
+        fit_adapters(model, config.lora_rank, alpha_of(config), config.init_from, config)
+    return model, tokenizer
+
+
+def whole_model(name, config, device, base_dtype):
+    """(model, tokenizer) of a checkpoint of ours or a Hugging Face folder."""
+    source, template = hub.model_path(name), config.prompt_template
+    file = our_checkpoint(source)
+    if file is None and not (source / "config.json").exists():
         raise ValueError(
             f"--init_from {source}: no policy.pt and no config.json; "
             "expected a run of ours or a Hugging Face model"
         )
-    if is_ours and template is not None:
+    if file and template is not None:
         raise ValueError(
             f"--prompt_template {template}: {source} is a checkpoint of ours, which has its own; "
             "leave the flag out"
         )
-    if is_ours:
-        return load_model(source / "policy.pt" if source.is_dir() else source, device)
+    if file:
+        model, tokenizer = read_model(file, device)
+        if base_dtype == "bfloat16" and not model.adapters:
+            hold(model, torch.bfloat16)
+        return model, tokenizer
     longest = config.max_length + config.max_new_tokens
-    return pretrained.load(source, template, longest, device, config.date)
+    return pretrained.load(source, template, longest, device, config.date, base_dtype)
+
+
+def alpha_of(config):
+    return 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+
+
+def fit_adapters(model, rank, alpha, base, config):
+    """New adapters on a model that was just read, whose name is base."""
+    about = {
+        "rank": rank,
+        "alpha": alpha,
+        "base": os.path.abspath(base) if os.path.exists(base) else base,
+        "base_dtype": str(model.blocks[0].mlp.down.weight.dtype).removeprefix("torch."),
+        "base_sha256": digest(model),
+    }
+    put_adapters(model, about, config.seed)
+
+
+def check_adapters(config, rank, alpha):
+    """ValueError if the flags ask for other adapters than those with which --init_from comes."""
+    if config.lora_rank and (config.lora_rank, alpha_of(config)) != (rank, alpha):
+        raise ValueError(
+            f"--lora_rank {config.lora_rank} with α = {alpha_of(config):g}: {config.init_from} has "
+            f"adapters of rank {rank} with α = {alpha:g}, which are trained on; leave the flags out"
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib import hf_tokenizer
+from lib import hf_tokenizer, hf_weights
 from lib.hf_config import llama_config, read_config
 from lib.hf_weights import (
     empty_model,
@@ -25,22 +25,36 @@ import torch
 from model import Transformer
 
 
-def load(folder, template, longest, device, date=None):
-    """(model in float32, its tokenizer) of a Hugging Face folder.
+def load(folder, template, longest, device, date=None, base_dtype="float32"):
+    """(model, its tokenizer) of a Hugging Face folder.
 
     longest: tokens of the longest row that the model will see. date: the day that a chat template
-    calls today; None is today. ValueError names what does not fit.
+    calls today; None is today. base_dtype: see `load_model`. ValueError names what does not fit.
     """
     folder = Path(folder)
     tokenizer = hf_tokenizer.load_tokenizer(folder, template, date)
+    model, hf = load_model(folder, tokenizer, longest, device, base_dtype)
+    tokenizer.files["config.json"] = json.dumps(hf, indent=2).encode()
+    return model, tokenizer
+
+
+def load_model(folder, tokenizer, longest, device, base_dtype):
+    """(model, config.json as a dict) of a folder whose tokenizer is loaded already.
+
+    base_dtype: of the matrices. "auto" is bfloat16 where the files are in it, else float32.
+    """
     files = weight_files(folder)
     hf, config = read_config(folder, tokenizer, longest)
-    model = empty_model(Transformer, config, device)
-    dtype = load_weights(weights_by_hf_name(model), files)
+    dtype = hf_weights.dtype_of(files)
+    if base_dtype == "auto":
+        held = dtype if dtype == torch.bfloat16 else torch.float32
+    else:
+        held = getattr(torch, base_dtype)
+    model = empty_model(Transformer, config, device, held)
+    load_weights(weights_by_hf_name(model), files)
     # `export` writes the dtype that the files really had, whatever config.json said.
     hf["dtype" if "dtype" in hf else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    tokenizer.files["config.json"] = json.dumps(hf, indent=2).encode()
-    return model.eval(), tokenizer
+    return model.eval(), hf
 
 
 def dtype_of(tokenizer):

@@ -62,6 +62,13 @@ def open_run(given):
         raise ValueError(f"--date {config.date}: is no day; expected one as 2026-01-31")
     if not config.init_from and config.sft_epochs == 0:
         raise ValueError("--sft_epochs 0 needs a model to start from; expected --init_from FOLDER")
+    if config.lora_rank and not config.init_from:
+        raise ValueError(
+            f"--lora_rank {config.lora_rank} needs a trained model to put adapters on; expected "
+            "--init_from, for example with the reference.pt of an earlier run"
+        )
+    if config.lora_alpha is not None and not config.lora_rank:
+        raise ValueError(f"--lora_alpha {config.lora_alpha:g} needs --lora_rank")
     defaults = {
         "delta": DELTA[config.pairs],
         "sft_epochs": 0 if config.init_from else 1,

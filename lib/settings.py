@@ -74,6 +74,20 @@ class TrainConfig(Settings):
         "", "folder of the run; left out: runs/ and a name made of the flags", path=True
     )
     resume: bool = flag(False, "go on with the run in the folder")
+    lora_rank: int = flag(
+        0,
+        "train low-rank adapters (LoRA) of this rank on a frozen model; 0: the whole model",
+        least=0,
+        most=2**16,
+    )
+    lora_alpha: float = flag(
+        None, "their products are scaled by this / rank; left out: by 2", kind=float, above=0
+    )
+    base_dtype: str = flag(
+        "auto",
+        "type in which the frozen model is held; auto: bfloat16 where its files are, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
     compile: bool = flag(None, "torch.compile; left out: on CUDA only", kind=bool)
     checkpointing: bool = flag(
         False,
@@ -154,6 +168,12 @@ class EvalConfig(Settings):
     export: str = flag(
         "",
         "write the run's policy into this new Hugging Face folder, and do nothing else",
+        path=True,
+    )
+    export_adapter: str = flag(
+        "",
+        "write the adapters of the run's policy into this new folder, as PEFT keeps them, and do "
+        "nothing else",
         path=True,
     )
     export_dtype: str = flag(

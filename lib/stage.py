@@ -87,7 +87,7 @@ class Stage:
         if name := first_not_finite(weights):
             raise FloatingPointError(f"{name} holds weights that are no numbers")
         state = {"model": weights, "optimizer": moments, "scaler": self.scaler.state_dict()}
-        state = {"stage": self.name, "step": step, **state}
+        state |= {"stage": self.name, "step": step, "adapters": parallel.bare(self.model).adapters}
         checkpoint.save(self.state_file, state, keep=True)
         self.saved_step = step
 
@@ -98,6 +98,8 @@ class Stage:
         if state.get("stage") == self.name:
             try:
                 step = state["step"]
+                if state["adapters"] != parallel.bare(self.model).adapters:
+                    raise ValueError("its adapters have another base")
                 weights, moments = state["model"], state["optimizer"]
                 parallel.load_training_state(self.model, self.optimizer, weights, moments)
                 self.scaler.load_state_dict(state["scaler"])

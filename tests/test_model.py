@@ -130,6 +130,10 @@ def test_chunked_logps_equal_plain_ones(monkeypatch):
         torch.testing.assert_close(chunked, plain)
         for a, b in zip(torch.autograd.grad((chunked * weight).sum(), (hidden, head)), expected):
             torch.testing.assert_close(a, b)
+        frozen = TokenLogps.apply(hidden, head.detach(), target)
+        torch.testing.assert_close(frozen, plain)
+        (grad,) = torch.autograd.grad((frozen * weight).sum(), hidden)
+        torch.testing.assert_close(grad, expected[0])
 
 
 class Largest(TorchDispatchMode):
@@ -167,8 +171,8 @@ def test_bf16_autocast_keeps_log_probs_in_float32(monkeypatch, at_once):
 
 
 def test_the_log_probs_gradient_is_kept_once():
-    hidden = torch.randn(4, 8, requires_grad=True)
-    logps = TokenLogps.apply(hidden, torch.randn(VOCAB, 8), torch.tensor([1, 2, 3, 4])).sum()
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
+    logps = TokenLogps.apply(hidden, head, torch.tensor([1, 2, 3, 4])).sum()
     logps.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):  # an error, never a wrong gradient
         logps.backward()

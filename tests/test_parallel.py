@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, SHORT, TINY
 
 import train
 
@@ -52,9 +52,21 @@ def alone(folder, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def adapted(alone, folder, tmp_path_factory):
+    """(flags that put adapters on the reference of `alone`, the run of one process with them)."""
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    sizes = TINY[: -len(SHORT)]
+    flags = [*FLAGS[len(sizes) :], "--init_from", str(alone / "reference.pt"), "--lora_rank", "3"]
+    train.main([*flags, "--sft_epochs", "1", "--data", str(folder), "--out_dir", str(out)])
+    return [*flags, "--sft_epochs", "1"], out
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("extra", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_two_processes_are_one(alone, folder, tmp_path, extra):
-    ended = torchrun(*FLAGS, *extra, "--data", folder, "--out_dir", tmp_path / "run")
+def test_two_processes_are_one(alone, adapted, folder, tmp_path, extra, lora):
+    flags, alone = adapted if lora else (FLAGS, alone)
+    ended = torchrun(*flags, *extra, "--data", folder, "--out_dir", tmp_path / "run")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("Done in") == 1
     ours, theirs = metrics(tmp_path / "run"), metrics(alone)
@@ -68,6 +80,8 @@ def test_two_processes_are_one(alone, folder, tmp_path, extra):
     for name in ("reference", "policy"):
         ours, theirs = (torch.load(run / f"{name}.pt") for run in (tmp_path / "run", alone))
         assert ours["config"] == theirs["config"] and list(ours["model"]) == list(theirs["model"])
+        assert ours["adapters"] == theirs["adapters"]
+        assert all(("lora_" in weight) == lora for weight in ours["model"])
         for a, b in zip(ours["model"].values(), theirs["model"].values()):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     ours, theirs = (torch.load(run / "ref_logps.pt")["ref"] for run in (tmp_path / "run", alone))

@@ -4,20 +4,25 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import SHORT, TINY
 
 import train
 
 
-def test_a_compiled_run_is_the_eager_run(finished, folder, tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_a_compiled_run_is_the_eager_run(finished, folder, tmp_path, lora):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train.main(
-        [*TINY, "--data", str(folder), "--delta", "5", "--compile", "--out_dir", str(tmp_path)]
-    )
+    flags, eager = [*TINY, "--data", str(folder), "--delta", "5"], finished
+    if lora:
+        eager = tmp_path / "eager"
+        start = ["--init_from", str(finished / "reference.pt"), "--lora_rank", "3"]
+        flags = [*SHORT, *flags[len(TINY) :], *start, "--lr", "0.01"]
+        train.main([*flags, "--out_dir", str(eager)])
+    train.main([*flags, "--compile", "--out_dir", str(tmp_path / "run")])
     compiled, eager = (
         [json.loads(line) for line in (run / "metrics.jsonl").open()]
-        for run in (tmp_path, finished)
+        for run in (tmp_path / "run", eager)
     )
     assert len(compiled) == len(eager) > 4
     for a, b in zip(compiled, eager):

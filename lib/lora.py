@@ -1,0 +1,86 @@
+"""LoRA (Hu et al., arXiv 2106.09685): beside each W, only a product of two thin matrices learns.
+
+    y = W x + b + s · B A x        s = α / r, A (r, in), B (out, r)
+
+It stands on every linear layer of the blocks; all other weights are frozen. B begins at zero, so
+that the first model is its base. Our qkv holds the rows of three layers and gate_up those of two:
+each of these parts has an A and a B of its own, as it would have if it stood alone.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import product_type
+
+
+class LowRank(torch.autograd.Function):
+    """W x + b + s · B A x of each line x of (T, in): (T, out).
+
+    rows: how many rows of W each part has. A (parts · r, in) and B (out, r): the parts' own, one
+    below the other. The gradient is written out, so that the second product is added in place, and
+    no copy of W in another type is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, s, rows):
+        ctx.dtype, ctx.s, ctx.rows = product_type(x), s, rows
+        x, W_, A_, B_ = (t.to(ctx.dtype) for t in (x, W, A, B))
+        y = F.linear(x, W_, None if b is None else b.to(ctx.dtype))
+        low = F.linear(x, A_) * s  # (T, parts · r)
+        for y_i, low_i, B_i in zip(y.split(rows, 1), low.chunk(len(rows), 1), B_.split(rows)):
+            y_i.addmm_(low_i, B_i.T)
+        ctx.save_for_backward(x, W, low, A, B)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, low, A, B = ctx.saved_tensors
+        W, A_, B_ = (t.to(ctx.dtype) for t in (W, A, B))
+        grads = grad.split(ctx.rows, 1)
+        grad_low = torch.cat([g @ B_i for g, B_i in zip(grads, B_.split(ctx.rows))], 1) * ctx.s
+        grad_B = torch.cat([g.T @ low_i for g, low_i in zip(grads, low.chunk(len(grads), 1))])
+        grad_x = (grad @ W).addmm_(grad_low, A_) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, (grad_low.T @ x).to(A.dtype), grad_B.to(B.dtype), None, None
+
+
+class LoRALinear(nn.Module):
+    def __init__(self, linear, rows, rank, alpha, generator):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rows, self.scale = rows, alpha / rank
+        device, (out, width) = linear.weight.device, linear.weight.shape
+        A = torch.empty(len(rows) * rank, width).uniform_(-1, 1, generator=generator) / width**0.5
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
+
+    def forward(self, x):
+        A, B = self.lora_A, self.lora_B
+        return LowRank.apply(x, self.weight, self.bias, A, B, self.scale, self.rows)
+
+    def parts(self):
+        """(A, B) of each part."""
+        return zip(self.lora_A.chunk(len(self.rows)), self.lora_B.split(self.rows))
+
+
+def add(model, rank, alpha, seed):
+    """Freeze the model and put adapters on it, in place. Their first values depend on the seed."""
+    model.requires_grad_(False)
+    generator, c = torch.Generator().manual_seed(seed), model.config
+    qkv = tuple(heads * c.d_head for heads in (c.n_head, c.n_kv_head, c.n_kv_head))
+    rows = {"qkv": qkv, "out": (c.d_model,), "gate_up": (c.d_ff, c.d_ff), "down": (c.d_model,)}
+    for block in model.blocks:
+        for room in (block.attention, block.mlp):
+            for name, layer in list(room.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(room, name, LoRALinear(layer, rows[name], rank, alpha, generator))
+
+
+@torch.no_grad()
+def merge(model):
+    """Add every product to its W, which is float32 from then on, in place; B is zero again."""
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            BA = torch.cat([B @ A for A, B in layer.parts()])
+            layer.weight.data = layer.weight.float() + layer.scale * BA
+            layer.lora_B.zero_()
