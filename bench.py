@@ -7,7 +7,7 @@ epoch, and the pass under the reference that comes before it.
 
 TRL gets its best settings: the reference's log-probabilities are computed ahead, and activations
 are kept unless --checkpointing. It is measured twice: a whole step at once, as it does by default,
-and pair by pair with the gradient accumulated, which pads less. What lib/device.py:tune_cpu sets
+and pair by pair with the gradient accumulated, which pads less. What lib/device.py:keep_memory sets
 for our process is not set for TRL's (docs/speed.md says what it would gain); how threads wait
 (lib/__init__.py) is the same in both.
 
@@ -30,7 +30,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
-from lib.device import autocast, prepare, settle, tune_cpu
+from lib.device import autocast, give_back, prepare, settle, tune_cpu
 from lib.flags import flag, like, parse, run
 from lib.policy import log_probs
 from lib.settings import SIZE_FLAGS, TrainConfig
@@ -183,6 +183,7 @@ def ours(c):
     ):
         start = clock(device)
         train.train_step(model, optimizer, scaler, batches, loss, GRAD_CLIP, precision)
+        give_back()
         times.append(clock(device) - start)
         rates.append(matmul_rate(device, getattr(torch, c.dtype)))
     figures = report(c, pairs, reference_time, times)

@@ -232,21 +232,22 @@ def epoch_order(n, seed, epoch):
 def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank=0, size=1):
     """The micro-batches of one step, on the CPU. ref: (n, 2) log-probs under π_ref, or None.
 
-    The step's pairs are sorted by length before they are cut, so that little is padding; their mean
-    is the same. Process `rank` of `size` gets every size-th pair. Each process gets as many
-    micro-batches as the others, if need be one that reports no answer.
+    The step's pairs are sorted by length before they are cut, longest first: little is padding, and
+    what does not fit into memory is met at once. Their mean is the same. Process `rank` of `size`
+    gets every size-th pair. Each process gets as many micro-batches as the others, if need be one
+    that reports no answer.
     """
     epoch, step_of_epoch = divmod(step, steps_per_epoch(pairs, batch_size))
     order = epoch_order(len(pairs), seed, epoch)
     start = step_of_epoch * batch_size
     chosen = {i: pairs[i] for i in order[start : start + batch_size].tolist()}
-    by_length = sorted(chosen, key=lambda i: longest_row(chosen[i]))
+    by_length = sorted(chosen, key=lambda i: longest_row(chosen[i]), reverse=True)
     step_tokens = sum(len(p.y_w) + len(p.y_l) for p in chosen.values())
     mine = by_length[rank::size]
     batches = []
     for start in range(0, len(by_length[::size]), micro_batch_size):
         numbers = mine[start : start + micro_batch_size]
-        examples = Examples([chosen[i] for i in numbers or by_length[:1]])
+        examples = Examples([chosen[i] for i in numbers or by_length[-1:]])
         rows = pack_rows(examples)
         if not numbers:
             rows = without_answers(rows)

@@ -30,7 +30,7 @@ from village import limit, world
 
 EXPORT_RECORDS = 32  # test records on which an exported policy is measured
 SHOWN_ANSWERS = 3  # of each model to --prompt
-VERSION = 3  # of the figures: a run that an earlier version judged is judged again
+VERSION = 4  # of the figures: a run that an earlier version judged is judged again
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,36 +57,41 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
         return earlier
 
     samples_pi = settings.temperature == settings.top_p == 1 and not settings.top_k
-    models, tokenizer = {}, None
-    for name in MODELS:
-        models[name], tokenizer = load_model(folder / f"{name}.pt", device)
-    reference, annotated = models["reference"], source == "toy"
-    held_out = data.held_out_pairs(splits[split], tokenizer, config["max_length"])
-    preferences = held_out_preferences(models, held_out, config["beta"], device, dtype)
-    prompts = data.prompts(splits[split], tokenizer, config["max_length"], settings.eval_prompts)
-    texts, questions = list(prompts), list(prompts.values())
-    rows = [{"prompt": as_json(prompt)} for prompt in texts]
-    for name, model in models.items():
+    annotated, machine = source == "toy", (device, dtype)
+    most, n, beta = config["max_length"], settings.eval_prompts, config["beta"]
+    model, said, held_out, logp = None, {}, {}, {}
+    for name in ("policy", "reference"):
+        model = None  # one at a time in memory, in the type in which it would be served
+        model, tokenizer = load_model(folder / f"{name}.pt", *machine)
+        prompts = data.prompts(splits[split], tokenizer, most, n)
+        pairs = data.held_out_pairs(splits[split], tokenizer, most)
+        held_out[name] = log_probs(model, data.Examples(pairs), *machine)
+        texts, questions = list(prompts), list(prompts.values())
         title = f"{name} answers"
-        answers = sample_answers(model, questions, tokenizer.ends, settings, device, dtype, title)
-        for row, y in zip(rows, answers):
+        said[name] = sample_answers(model, questions, tokenizer.ends, settings, *machine, title)
+        if samples_pi:  # else the mean of log-ratios is no estimate of KL
+            of_policy = [(x, [y]) for x, y in zip(questions, said["policy"])]
+            logp[name] = log_probs(model, of_policy, *machine)[:, 0]
+        else:
+            logp[name] = torch.tensor([])
+    result["optimum"] = None
+    if annotated and samples_pi:
+        best, result["optimum"] = limit.optimum(model, prompts, tokenizer, beta, settings, *machine)
+    del model
+
+    rows = [{"prompt": as_json(prompt)} for prompt in texts]
+    for name in MODELS:
+        for row, y in zip(rows, said[name]):
             row[name] = tokenizer.decode(y)
         if annotated:
             annotate(rows, name)
-        kl = torch.tensor([])
-        if samples_pi:  # else its mean is no estimate
-            examples = [(x, [y]) for x, y in zip(questions, answers)]
-            logp = log_probs(model, examples, device, dtype)[:, 0]
-            kl = logp - log_probs(reference, examples, device, dtype)[:, 0]
-        ended = [y[-1] in tokenizer.ends for y in answers]
-        lengths = [len(y) for y in answers]
+        kl = logp[name] - logp["reference"]
+        ended = [y[-1] in tokenizer.ends for y in said[name]]
+        lengths = [len(y) for y in said[name]]
         figures = figures_of(rows, name, ended, lengths, kl.tolist(), annotated)
-        result[name] = {**figures, "preferences": preferences[name]}
-    result["optimum"] = None
-    if annotated and samples_pi:
-        best, result["optimum"] = limit.optimum(
-            reference, prompts, tokenizer, config["beta"], settings, device, dtype
-        )
+        preferences = held_out_preferences(held_out, name, pairs, beta)
+        result[name] = {**figures, "preferences": preferences}
+    if result["optimum"]:
         rewards = torch.tensor([float(row["policy_reward"]) for row in rows])
         unsafe = torch.tensor([row["policy_cost"] > 0 for row in rows])
         benign = torch.tensor([world.is_benign(text) for text in texts])
@@ -118,18 +123,12 @@ def earlier_result(folder, description):
     return None
 
 
-def held_out_preferences(models, pairs, beta, device, dtype):
-    """preference_metrics of each of {"reference", "policy": model} on pairs of token ids."""
+def held_out_preferences(logps, name, pairs, beta):
+    """preference_metrics of one of logps, {"reference", "policy": (n, 2)}, on n pairs."""
     if not len(pairs):
-        return {name: {} for name in models}
+        return {}
     h_w, h_l = torch.tensor([(p.h_w, p.h_l) for p in pairs]).T
-    examples = data.Examples(pairs)
-    logps = {name: log_probs(model, examples, device, dtype).T for name, model in models.items()}
-    ref_w, ref_l = logps["reference"]
-    return {
-        name: preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta)
-        for name, (logp_w, logp_l) in logps.items()
-    }
+    return preference_metrics(*logps[name].T, *logps["reference"].T, h_w, h_l, beta)
 
 
 def annotate(rows, name):
@@ -170,7 +169,8 @@ def answer_prompt(folder, prompt, given):
     dtype = pick_dtype(settings.dtype, device)
     answers = [{} for _ in range(SHOWN_ANSWERS if settings.temperature else 1)]
     for name in MODELS:
-        model, tokenizer = load_model(Path(folder) / f"{name}.pt", device)
+        model = None  # one at a time in memory
+        model, tokenizer = load_model(Path(folder) / f"{name}.pt", device, dtype)
         x = tokenizer.prompts([prompt_in({"prompt": prompt}, "prompt", "--prompt")]) * len(answers)
         sampled = sample_answers(model, x, tokenizer.ends, settings, device, dtype)
         for some, y in zip(answers, sampled):

@@ -356,6 +356,6 @@ class TokenLogps(torch.autograd.Function):
             grad_logits = p.mul_(-g[:, None])  # in place: there is no second copy
             grad_logits = grad_logits.scatter_add_(1, t[:, None], g[:, None]).to(ctx.dtype)
             grad_hidden.append(grad_logits @ weight)
-            grad_of_chunk = (grad_logits.T @ h).to(head.dtype)
+            grad_of_chunk = (grad_logits.T @ h).float()
             grad_head = grad_of_chunk if grad_head is None else grad_head.add_(grad_of_chunk)
-        return torch.cat(grad_hidden), grad_head, None
+        return torch.cat(grad_hidden), grad_head.to(head.dtype), None

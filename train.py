@@ -73,7 +73,7 @@ def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, prec
         raise FloatingPointError(f"the gradient's norm is {norm.item()} on pairs {numbers}")
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    parallel.clear_gradients(model, optimizer)
     columns = None if columns[0] is None else torch.cat(columns, 1)
     loss, columns = parallel.gather(losses.sum(), columns, batch.step_pairs)
     return loss.item(), norm.item(), columns
@@ -171,7 +171,7 @@ def train(config, folder, lock):
     held_out = data.prompts(splits["test"], tokenizer, config.max_length, config.eval_prompts)
     report.warn_before(config, steps, len(held_out), bool(tokenizer.files))
     runs.begin(folder, config, digest, done.borrowed, lock)
-    model = parallel.wrap(prepare(model, config), device, config.fsdp)
+    model = parallel.wrap(prepare(model, config), device, config.fsdp, config.dtype)
 
     if not is_reference:  # SFT
         answers = data.sft_pairs(splits["train"], tokenizer, config)
@@ -184,10 +184,11 @@ def train(config, folder, lock):
         loss = preference_loss(config.beta, config.delta)
         fit("safedpo", model, pairs, ref, loss, config, folder)
         policy.save_model(folder / "policy.pt", model, tokenizer)
+    del model  # evaluation may need its memory
     runs.end(folder)
-    del model  # evaluation loads both models, and may need its memory
 
     result = evaluate(folder, config, splits)
+    parallel.leave()
     print(report.first_look(folder, config, result))
     report.warn_after(result)
     report.draw_curves(folder)

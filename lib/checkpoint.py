@@ -44,7 +44,8 @@ def load(path):
     """
     try:
         check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # mapped: what is copied elsewhere was never a second time in memory
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as e:  # bytes of another kind, or cut short, raise nearly anything

@@ -44,6 +44,8 @@ def prepare(model, config):
     """The model, ready to be trained as the flags say."""
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # what is left in float32 goes through TF32
+    else:
+        keep_memory()
     model.checkpointing = config.checkpointing
     if config.compile:
         for block in model.blocks:
@@ -52,12 +54,45 @@ def prepare(model, config):
 
 
 def tune_cpu():
-    """What a process that computes on a CPU wants and does not get by default."""
+    """What every process that computes on a CPU wants and does not get by default."""
     # pairs the model is sure of have gradients so small that a CPU computes them slowly
     torch.set_flush_denormal(True)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        # reuse the memory of freed tensors; the kernel would take it back and clear new pages
+
+
+def keep_memory():
+    """From now on the memory of freed tensors is used again; by default the kernel takes it back,
+    and clears new pages. Linux alone has this; with `give_back` the process does not grow."""
+    if LIBC:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        LIBC.mallopt(M_MMAP_MAX, 0)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back():
+    """Return freed memory to the system where there is much of it: rows of ever new lengths leave
+    holes in it that nothing fits into. To be called once a step."""
+    if LIBC and LIBC.mallinfo2().fordblks > MOST_FREE:
+        LIBC.malloc_trim(0)
+
+
+class MallInfo(ctypes.Structure):
+    """What mallinfo2 of the C library tells of its heap, bytes; fordblks: free ones."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks "
+        "keepcost".split()
+    ]
+
+
+def c_library():
+    """glibc, if it is this system's and has what we use; else None."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim", "mallinfo2")):
+        return None
+    libc.mallinfo2.restype = MallInfo
+    return libc
+
+
+LIBC = c_library()
+MOST_FREE = 2**29  # bytes that the heap keeps

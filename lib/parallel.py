@@ -9,6 +9,7 @@ up to rounding. Process 0 writes the files and talks.
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -34,7 +35,7 @@ def join():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    dist.init_process_group(timeout=timedelta(hours=1))  # process 0 may write many gigabytes
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
 
@@ -65,15 +66,22 @@ def barrier():
         dist.barrier()
 
 
-def wrap(model, device, fsdp):
-    """The model as this process trains it: with its forward, and gradients that are exchanged."""
+def wrap(model, device, fsdp, dtype="float32"):
+    """The model as this process trains it: with its forward, and gradients that are exchanged.
+
+    dtype: that of its matrix products. FSDP gathers weights in it, so that no process holds a copy
+    of what it gathered in another type; they are stored, and gradients are summed, in float32.
+    """
     if not dist.is_initialized():
         return model
     if not fsdp:
         return DDP(model, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (size(),))
+    types = MixedPrecisionPolicy()
+    if dtype == "bfloat16":  # inputs stay as they are: positions' cosines are float32
+        types = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=types)
     return model
 
 
@@ -82,13 +90,11 @@ def bare(model):
 
 
 def sync_on_last(model, batches):
-    """The step's micro-batches. Processes exchange gradients after the last one: once a step."""
+    """The step's micro-batches. With DDP processes exchange gradients after the last one: once a
+    step. With FSDP after each: until then a process would hold the whole model's gradients."""
     for i, batch in enumerate(batches):
-        last = i + 1 == len(batches)
         if isinstance(model, DDP):
-            model.require_backward_grad_sync = last
-        elif isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
+            model.require_backward_grad_sync = i + 1 == len(batches)
         yield batch
 
 
@@ -96,6 +102,11 @@ def backward(loss):
     """Add the loss's gradients to those of the step. DDP and FSDP average gradients over processes,
     and a step's loss is the sum of all processes' losses."""
     (loss * size()).backward()
+
+
+def clear_gradients(model, optimizer):
+    """DDP's gradients keep their memory: new ones would lie beside the buckets that it sends."""
+    optimizer.zero_grad(set_to_none=not isinstance(model, DDP))
 
 
 def clip_gradients(model, most):

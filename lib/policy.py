@@ -19,6 +19,7 @@ from model import ModelConfig, Transformer, move, pack_rows
 
 ROWS_AT_ONCE = 64  # rows in one forward pass
 SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
+KEYS_AT_ONCE = 2**31  # bytes of their keys and values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,8 +234,11 @@ def log_probs(model, examples, device, dtype, rows_at_once=ROWS_AT_ONCE, title=N
 
     Several processes share the work, and each must call.
     """
+    if not len(examples):
+        return torch.zeros(0, 0)
     lengths = [len(x) + max(map(len, answers)) for x, answers in examples]
-    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    order = sorted(range(len(examples)), key=lengths.__getitem__, reverse=True)  # longest first:
+    # what does not fit is met at once
     batches = [order[i : i + rows_at_once] for i in range(0, len(order), rows_at_once)]
     result = torch.zeros(len(examples), len(examples[0][1]), device=device)
     for first in parallel.progress(range(0, len(batches), parallel.size()), title):
@@ -249,16 +253,41 @@ def log_probs(model, examples, device, dtype, rows_at_once=ROWS_AT_ONCE, title=N
 
 
 def sample_answers(model, prompts, ends, settings, device, dtype, title=None):
-    """One answer (token ids) per prompt (token ids)."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    how = settings.temperature, settings.top_p, generator, settings.top_k, settings.sample_length
-    answers = [None] * len(prompts)
-    for start in parallel.progress(range(0, len(order), SAMPLES_AT_ONCE), title):
-        batch = order[start : start + SAMPLES_AT_ONCE]
-        texts = [prompts[i] for i in batch]
+    """One answer (token ids) per prompt (token ids).
+
+    Several processes share the work, and each must call. Neither their number nor the other
+    prompts' answers change an answer: each has its own random numbers.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    uniforms = torch.rand(len(prompts), settings.max_new_tokens, generator=generator)
+    answers = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)  # 0: none; id + 1
+    batches = list(sample_batches(model, prompts, settings.max_new_tokens))
+    for batch in parallel.progress(batches[parallel.rank() :: parallel.size()], title):
         with autocast(device, dtype):
-            sampled = generate(model, texts, settings.max_new_tokens, ends, *how)
+            sampled = generate(
+                model,
+                [prompts[i] for i in batch],
+                settings.max_new_tokens,
+                ends,
+                settings.temperature,
+                settings.top_p,
+                uniforms[batch],
+                settings.top_k,
+                settings.sample_length,
+            )
         for i, y in zip(batch, sampled):
-            answers[i] = y
-    return answers
+            answers[i, : len(y)] = torch.tensor(y, device=device) + 1
+    return [[id - 1 for id in y if id] for y in parallel.total(answers).tolist()]
+
+
+def sample_batches(model, prompts, max_new_tokens):
+    """Which prompts are answered together, longest first: at most SAMPLES_AT_ONCE, whose keys and
+    values have at most KEYS_AT_ONCE bytes."""
+    c, weight = model.config, model.blocks[0].attention.qkv.weight
+    of_token = 2 * c.n_layer * c.n_kv_head * c.d_head * weight.element_size()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    while order:
+        columns = len(prompts[order[0]]) + max_new_tokens
+        n = max(1, min(SAMPLES_AT_ONCE, KEYS_AT_ONCE // (of_token * columns)))
+        yield order[:n]
+        order = order[n:]

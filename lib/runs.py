@@ -1,6 +1,7 @@
 """A run's folder: its name and flags, who may write into it, and the figures in it."""
 
 import datetime
+import gc
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from lib import checkpoint, parallel
 from lib.device import pick_device, settle
 from lib.flags import problems
 from lib.settings import FREE_FLAGS, REFERENCE_FLAGS, SAMPLING, SIZE_FLAGS, Settings, TrainConfig
+
+import torch
 
 from safedpo import PAIR_CHOICES
 
@@ -219,10 +222,13 @@ def begin(folder, config, digest, reference, lock):
 
 
 def end(folder):
-    """Training is done: other processes part, and the training state goes."""
-    parallel.leave()
-    for name in ("state.pt", "state.previous.pt"):
-        (folder / name).unlink(missing_ok=True)
+    """Training is done: the training state goes, and the memory that the model took."""
+    gc.collect()  # a model is part of circles, so that `del` alone frees nothing
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not parallel.rank():
+        for name in ("state.pt", "state.previous.pt"):
+            (folder / name).unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,6 +261,8 @@ def result_files(folder, settings):
 
 
 def save_result(folder, result, rows):
+    if parallel.rank():
+        return
     figures, samples = result_files(folder, result["settings"])
     with checkpoint.replacing(samples) as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

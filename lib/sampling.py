@@ -7,7 +7,7 @@ from model import move, pack_rows
 
 @torch.no_grad()
 def generate(
-    model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, generator=None, top_k=0,
+    model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, uniforms=None, top_k=0,
     longest=None,
 ):  # fmt: skip
     """One sampled answer per prompt (lists of token ids). It ends in one of `ends` (token ids)
@@ -17,9 +17,14 @@ def generate(
     Prompts of different lengths are padded on the right. New tokens go behind the longest
     prompt for all of them, each at its own position. temperature = 0 takes the most probable
     token; top_k > 0 samples from as many most probable tokens, top_p < 1 then from the smallest set
-    of these whose probabilities sum to top_p.
+    of these whose probabilities sum to top_p. uniforms (R, max_new_tokens), from [0, 1): the random
+    number that each token is drawn with, so that an answer does not depend on the others; left out,
+    they are new ones.
     """
     device = model.embedding.weight.device
+    if uniforms is None:
+        uniforms = torch.rand(len(prompts), max_new_tokens)
+    uniforms = uniforms.to(device)
     rows = move(pack_rows([(x, [[]]) for x in prompts]), device)
     R, L = rows.sequences.shape
     model.config.check_length(L + max_new_tokens)
@@ -39,7 +44,8 @@ def generate(
     row = torch.arange(R, device=device)  # which prompts are still in the batch
     ended = torch.zeros(R, dtype=torch.bool, device=device)
     for t in range(most):
-        token = sample(model.head(hidden).float(), temperature, top_p, generator, top_k)
+        logits = model.head(hidden).float()
+        token = sample(logits, temperature, top_p, uniforms[row, t], top_k)
         answers[row, t] = token
         ended |= torch.isin(token, ends) | (room[row] <= t + 1)
         unfinished = (~ended).nonzero().squeeze(1)
@@ -80,8 +86,9 @@ class Cache:
         self.extend(k, v)
 
 
-def sample(logits, temperature, top_p, generator, top_k=0):
-    """logits (R, V) → one token for each row, (R,)."""
+def sample(logits, temperature, top_p, uniform, top_k=0):
+    """logits (R, V) → one token for each row, (R,): that where the probabilities' sum from the left
+    passes uniform, (R,) float32 from [0, 1)."""
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # no overflow at a low temperature
@@ -95,4 +102,5 @@ def sample(logits, temperature, top_p, generator, top_k=0):
         outside = before >= top_p  # more probable tokens reach top_p without this one
         outside[..., 0] = False
         probs = probs.scatter(-1, token, descending.masked_fill(outside, 0.0))
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    below = probs.double().cumsum(-1)  # in float64, uniform times the last is less than the last
+    return torch.searchsorted(below, below[:, -1:] * uniform[:, None], right=True).squeeze(1)

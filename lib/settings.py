@@ -128,7 +128,9 @@ class TrainConfig(Settings):
         0.99, "AdamW's second beta, the decay of the squared gradients' mean", above=0, most=1
     )
     grad_clip: float = flag(1.0, "norm to which gradients are clipped", above=0)
-    save_every: int = flag(100, "steps between two saves of the training state", above=0)
+    save_every: int = flag(
+        100, "steps between two saves of the training state, and 15 minutes at most", above=0
+    )
 
 
 @dataclass(frozen=True)

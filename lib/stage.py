@@ -8,13 +8,17 @@ import json
 import math
 import os
 import signal
+import time
 from contextlib import ExitStack, contextmanager
 
 from lib import checkpoint, parallel
+from lib.device import give_back
 from lib.policy import first_not_finite
 
 import torch
 from tqdm import tqdm
+
+SAVE_SECONDS = 900  # a state is saved at least this often, if a step is not longer
 
 
 class Stage:
@@ -29,6 +33,7 @@ class Stage:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.state_file, self.log_file = folder / "state.pt", folder / "metrics.jsonl"
         self.first_step = self.saved_step = self.steps_done = self.restore()
+        self.saved_at = time.monotonic()
 
     def __enter__(self):
         writes = not parallel.rank()  # one process talks
@@ -65,14 +70,16 @@ class Stage:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         device = next(self.model.parameters()).device
-        signals = parallel.total(torch.tensor(float(len(self.signals)), device=device))
-        must_stop = signals.item() > 0  # every process stops, or none
-        if must_stop or step % self.save_every == 0:
+        is_late = not parallel.rank() and time.monotonic() > self.saved_at + SAVE_SECONDS
+        told = torch.tensor([len(self.signals), is_late], dtype=torch.float32, device=device)
+        must_stop, is_late = (parallel.total(told) > 0).tolist()  # every process does, or none
+        if must_stop or is_late or step % self.save_every == 0:
             self.log.flush()
             if not parallel.rank():
                 os.fsync(self.log.fileno())
             self.save(step)
         self.steps_done = step
+        give_back()
         if must_stop:
             raise KeyboardInterrupt(self.last_saved())
 
@@ -89,7 +96,7 @@ class Stage:
         state = {"model": weights, "optimizer": moments, "scaler": self.scaler.state_dict()}
         state |= {"stage": self.name, "step": step, "adapters": parallel.bare(self.model).adapters}
         checkpoint.save(self.state_file, state, keep=True)
-        self.saved_step = step
+        self.saved_step, self.saved_at = step, time.monotonic()
 
     def restore(self):
         """The step at which the stage goes on: 0, or where the folder's state was saved."""
@@ -98,7 +105,7 @@ class Stage:
         if state.get("stage") == self.name:
             try:
                 step = state["step"]
-                if state["adapters"] != parallel.bare(self.model).adapters:
+                if state.get("adapters") != parallel.bare(self.model).adapters:
                     raise ValueError("its adapters have another base")
                 weights, moments = state["model"], state["optimizer"]
                 parallel.load_training_state(self.model, self.optimizer, weights, moments)

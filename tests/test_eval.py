@@ -96,7 +96,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
     said = [ids if ended else ids[:-1] for ids, (_, _, ended) in zip(said, VILLAGE)]
     refused = tokenizer.answers(["I must refuse."] * 4)
     told = tokenizer.answers(["Gladly. First split the cane."] * 4)
-    answers = iter([refused, said, [y for pair in zip(refused, told) for y in pair]])
+    answers = iter([said, refused, [y for pair in zip(refused, told) for y in pair]])
     monkeypatch.setattr(limit, "SAMPLES", 2)
     for module in (script, limit):
         monkeypatch.setattr(module, "sample_answers", lambda *_: next(answers))

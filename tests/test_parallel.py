@@ -28,13 +28,13 @@ FLAGS = [
 ]
 
 
-def torchrun(*flags, script=ROOT / "train.py"):
+def torchrun(*flags, script=ROOT / "train.py", processes=2):
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc_per_node=2",
+        f"--nproc_per_node={processes}",
         script,
         *flags,
     ]
@@ -127,6 +127,45 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, folder, tmp_path)
     ]
 
 
+JUDGES = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from lib import parallel, policy
+from lib.settings import Settings
+import eval
+policy.SAMPLES_AT_ONCE = 5
+parallel.join()
+asked = []
+generate = policy.generate
+policy.generate = lambda model, prompts, *rest: asked.append(len(prompts)) or generate(
+    model, prompts, *rest
+)
+eval.evaluate(Path(sys.argv[1]), Settings(device="cpu", eval_prompts=24, max_new_tokens=12))
+print("asked", sum(asked), parallel.size())
+parallel.leave()
+"""
+
+
+def test_all_processes_judge_and_the_figures_are_one_process_s(alone, tmp_path):
+    script, figures, asked = tmp_path / "judges.py", {}, {}
+    script.write_text(JUDGES.format(root=str(ROOT)))
+    for n in (1, 2):
+        run = tmp_path / str(n)
+        run.mkdir()
+        for name in ("config.json", "reference.pt", "policy.pt"):
+            (run / name).write_bytes((alone / name).read_bytes())
+        ended = torchrun(run, script=script, processes=n)
+        assert ended.returncode == 0, ended.stderr
+        figures[n] = [
+            (run / name).read_bytes()
+            for name in ("eval-eval_prompts24.json", "samples-eval_prompts24.jsonl")
+        ]
+        _, asked[n], size = ended.stdout.split()
+        assert int(size) == n
+    assert figures[1] == figures[2] and 0 < int(asked[2]) < int(asked[1])
+
+
 def test_fsdp_shards_every_block(tmp_path):
     script = tmp_path / "wraps.py"
     script.write_text(WRAPS.format(root=str(ROOT)))
@@ -162,3 +201,99 @@ def test_fsdp_alone_is_refused(finished, folder, tmp_path, resume):
             if not resume
             else ["--fsdp", "--resume", "--out_dir", str(finished)]
         )
+
+
+GATHERS = """
+import sys
+from collections import Counter
+sys.path.insert(0, {root!r})
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+import data, train
+from lib import parallel
+from lib.device import autocast
+from lib.policy import log_probs
+from model import ModelConfig, Transformer
+from safedpo import Pair
+
+dtype, tied = sys.argv[1], sys.argv[2] == "tied"
+parallel.join()
+cpu, (mine, n) = torch.device("cpu"), (parallel.rank(), parallel.size())
+torch.manual_seed(0)
+sizes = dict(n_layer=4, d_model=64, d_ff=128, tied_head=tied)
+model = Transformer(ModelConfig(300, **sizes))
+P = sum(p.numel() for p in model.parameters())
+matrices = {{tuple(p.shape) for p in model.parameters() if p.dim() == 2}}
+model = parallel.wrap(model, cpu, True, dtype)
+ids = lambda k: torch.randint(1, 300, (k,)).tolist()
+pairs = [Pair(ids(5), ids(6 + i % 5), ids(9 - i % 3), 0, i % 2) for i in range(24)]
+ref = log_probs(model, data.Examples(pairs), cpu, dtype)
+optimizer = train.make_optimizer(model, 0.0, 0.99)
+for group in optimizer.param_groups:
+    group["lr"] = 1e-3
+scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+
+class Bytes(TorchDispatchMode):
+    gathered = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if str(f).startswith("c10d._allgather_base"):
+            self.gathered += args[0].untyped_storage().nbytes()
+        return f(*args, **(kwargs or {{}}))
+
+
+kept, gradients, backward = [], [], parallel.backward
+
+
+def pack(x):
+    if x.dtype == torch.bfloat16 and ({{tuple(x.shape), tuple(x.shape[::-1])}} & matrices):
+        kept.append(x)
+    return x
+
+
+def then_look(loss):
+    backward(loss)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for p in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                whole = p.unsharded_accumulated_grad
+                if whole is None:
+                    whole = getattr(p, "_unsharded_param", torch.tensor(0)).grad
+                gradients.append(0 if whole is None else whole.numel())
+    # FSDP itself frees what it gathered; what autograd kept beside that would still have memory
+    gradients.append(sum(x.numel() for x in kept if x.untyped_storage().nbytes()))
+    kept.clear()
+
+
+parallel.backward = then_look
+losses = []
+for step in range(2):
+    batches = data.step_batches(pairs, step, 12, 2, 0, ref, mine, n)
+    assert len(batches) == 12 // 2 // n
+    loss = train.preference_loss(0.1, 10.0)
+    count = Bytes()
+    with count, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        precision = autocast(cpu, dtype)
+        losses.append(train.train_step(model, optimizer, scaler, batches, loss, 1.0, precision)[0])
+assert not any(gradients), "whole gradients, or copies of weights, outlive a micro-batch"
+if not mine:
+    print("losses", *losses, "bytes", count.gathered / P / len(batches))
+parallel.leave()
+"""
+
+
+@pytest.mark.parametrize("tied", ["tied", "apart"])
+def test_fsdp_in_bf16_gathers_half_and_keeps_nothing(tmp_path, tied):
+    script = tmp_path / "gathers.py"
+    script.write_text(GATHERS.format(root=str(ROOT)))
+    said = {}
+    for dtype in ("bfloat16", "float32"):
+        ended = torchrun(dtype, tied, script=script)
+        assert ended.returncode == 0, ended.stderr
+        said[dtype] = ended.stdout.split()
+    losses = {dtype: list(map(float, words[1:3])) for dtype, words in said.items()}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-3)
+    low, high = (float(said[dtype][-1]) for dtype in ("bfloat16", "float32"))
+    assert low == pytest.approx(high / 2, rel=0.01) and low < 4.1

@@ -42,3 +42,15 @@ def test_sampling_depends_on_the_seed_alone(finished, tmp_path):
         "float32",
     )
     assert ask(0) == ask(0) != ask(1)
+
+
+def test_how_many_are_answered_at_once_follows_from_their_keys_and_values(finished, monkeypatch):
+    """1 layer, 1 head of 8 numbers, keys and values in float32: 64 bytes a token."""
+    model, _ = load_model(finished / "policy.pt", CPU)
+    prompts = [[1] * n for n in (4, 20, 10, 4)]
+    batches = lambda: list(policy.sample_batches(model, prompts, 12))
+    assert batches() == [[1, 2, 0, 3]]
+    monkeypatch.setattr(policy, "KEYS_AT_ONCE", 64 * (20 + 12) + 64)
+    assert batches() == [[1], [2], [0, 3]]
+    monkeypatch.setattr(policy, "KEYS_AT_ONCE", 1)
+    assert batches() == [[1], [2], [0], [3]]

@@ -9,6 +9,10 @@ import torch
 from test_model import EOS, VARIANTS, examples, make, plain_logits
 
 
+def draw(n, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
+
+
 def recomputed(net, x, steps, pick):
     """Sampling without a cache: the whole sequence through the model for every token."""
     ids = list(x)
@@ -30,11 +34,26 @@ def test_cached_greedy_sampling_equals_recomputation(sizes):
 def test_cached_random_sampling_equals_recomputation():
     net = make()
     for seed, top_p in ((0, 1.0), (1, 0.7)):
-        g = torch.Generator().manual_seed(seed)
-        expected = recomputed(net, [1, 2, 3], 20, lambda logits: sample(logits, 1.3, top_p, g))
-        assert generate(
-            net, [[1, 2, 3]], 20, [EOS], 1.3, top_p, torch.Generator().manual_seed(seed)
-        ) == [expected]
+        uniforms = draw(20, seed)
+        each = iter(uniforms.split(1))
+        pick = lambda logits: sample(logits, 1.3, top_p, next(each))
+        expected = recomputed(net, [1, 2, 3], 20, pick)
+        assert generate(net, [[1, 2, 3]], 20, [EOS], 1.3, top_p, uniforms[None]) == [expected]
+
+
+def test_a_token_is_drawn_where_the_sum_of_probabilities_passes_the_number():
+    logits = torch.tensor([[0.5, 0.0, 0.25, 0.25, 0.0]]).log().repeat(6, 1)
+    last = 1 - 2**-24  # the largest float32 below 1
+    drawn = sample(logits, 1.0, 1.0, torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, last]))
+    assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_an_answer_does_not_depend_on_the_prompts_beside_it():
+    net = make()
+    prompts, uniforms = [x for x, _ in examples(seed=3, n=8)], draw(8 * 12).view(8, 12)
+    together = generate(net, prompts, 12, [EOS], uniforms=uniforms)
+    alone = [generate(net, [x], 12, [EOS], uniforms=u[None])[0] for x, u in zip(prompts, uniforms)]
+    assert together == alone and len(set(map(tuple, together))) > 4
 
 
 def test_sampling_stops_at_eos_each_row_for_itself():
@@ -50,7 +69,7 @@ def test_sampling_stops_at_eos_each_row_for_itself():
 def test_top_p_keeps_the_smallest_sufficient_set():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     for top_p, kept in ((1e-50, 1), (0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
-        drawn = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0))
+        drawn = sample(logits, 1.0, top_p, draw(4000))
         assert set(drawn.tolist()) == set(range(kept))
     share = (drawn == 0).float().mean().item()
     assert share == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 4000))
@@ -66,9 +85,9 @@ def test_top_k_keeps_the_most_probable_tokens_and_top_p_works_among_them():
         (2, 0.5, 1),
         (3, 0.6, 2),
     ):
-        drawn = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0), top_k)
+        drawn = sample(logits, 1.0, top_p, draw(4000), top_k)
         assert set(drawn.tolist()) == set(range(kept)), (top_k, top_p)
-    drawn = sample(logits, 1.0, 1.0, torch.Generator().manual_seed(0), top_k=2)
+    drawn = sample(logits, 1.0, 1.0, draw(4000), top_k=2)
     assert (drawn == 0).float().mean().item() == pytest.approx(4 / 7, abs=0.03)
 
 
@@ -86,8 +105,8 @@ def test_prompt_and_answer_together_are_no_longer_than_asked():
 
 def test_temperature_sharpens():
     logits = torch.tensor([[0.6, 0.4]]).log().repeat(4000, 1)
-    cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))
+    cold = sample(logits, 0.5, 1.0, draw(4000))
     assert (cold == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.03)
-    assert sample(logits, 1e-40, 1.0, None).eq(0).all(), (
+    assert sample(logits, 1e-40, 1.0, draw(4000)).eq(0).all(), (
         "so cold that logits / temperature would overflow"
     )
