@@ -4,6 +4,8 @@ epoch, and the pass under the reference that comes before it.
     python bench.py --dtype bfloat16          matrix products in bf16
     python bench.py --table                   how cost grows with pairs a step, lengths, vocabulary
     python bench.py --vs trl                  in turns with TRL's DPOTrainer, on the same pairs
+    python bench.py --memory --init_from Qwen2.5-1.5B-Instruct --lora_rank 16
+                                              what a run would need of memory; nothing is trained
 
 TRL gets its best settings: the reference's log-probabilities are computed ahead, and activations
 are kept unless --checkpointing. It is measured twice: a whole step at once, as it does by default,
@@ -30,9 +32,10 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
+from lib import memory
 from lib.device import autocast, give_back, prepare, settle, tune_cpu
 from lib.flags import flag, like, parse, run
-from lib.policy import log_probs
+from lib.policy import log_probs, sizes_of
 from lib.settings import SIZE_FLAGS, TrainConfig
 
 import numpy as np
@@ -70,6 +73,10 @@ class Config:
     dtype: str = like(TrainConfig, "dtype", "auto")
     compile: bool = like(TrainConfig, "compile", None)
     checkpointing: bool = like(TrainConfig, "checkpointing", False)
+    memory: bool = flag(False, "say what a run would need of memory, and do nothing else")
+    init_from: str = flag("", "the model of --memory: a folder or checkpoint", path=True)
+    lora_rank: int = like(TrainConfig, "lora_rank", 0)
+    devices: int = flag(1, "with --memory: processes that share the model (--fsdp)", above=0)
 
 
 def make_pairs(c):
@@ -352,6 +359,21 @@ def print_comparison(config):
         )
 
 
+def print_memory(config):
+    """What a run would need with pairs of these lengths, and answers of at most 256 tokens."""
+    sizes = {name: getattr(config, name) for name in SIZE_FLAGS}
+    sizes, base_dtype = ModelConfig(**sizes), config.dtype if config.lora_rank else "float32"
+    if config.init_from:
+        sizes, own = sizes_of(config.init_from)
+        base_dtype = own if config.lora_rank else "float32"
+    pairs = data.TokenPairs(make_pairs(replace(config, vocab_size=sizes.vocab_size)))
+    plan = memory.Plan(
+        config.dtype, base_dtype, config.lora_rank, config.checkpointing, config.devices
+    )
+    need = memory.need(sizes, data.largest_batch(pairs, config), [p.x for p in pairs], plan)
+    print(memory.sentence(need, config.devices))
+
+
 def main(argv=None):
     config = settle(Config(**parse(Config, argv, __doc__)))
     if is_torchelastic_launched():
@@ -363,6 +385,8 @@ def main(argv=None):
         raise ValueError(f"--table measures this code alone; leave it out, or --vs {config.vs}")
     if config.vs and not importlib.util.find_spec(config.vs):
         raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
+    if config.memory:
+        return print_memory(config)
     print(
         f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, "
         f"{config.dtype}, {config.device}, {torch.get_num_threads()} threads"

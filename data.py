@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
-from lib import records
+from lib import parallel, records
 from lib.parallel import progress
 
 import numpy as np
@@ -256,6 +256,23 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
         ref_w, ref_l = (None, None) if ref is None else ref[numbers].T
         batches.append(Batch(rows, h_w, h_l, ref_w, ref_l, numbers, len(chosen), step_tokens))
     return batches
+
+
+def largest_batch(pairs, config):
+    """The rows of the micro-batch with the most tokens among the first epoch's steps."""
+    size = parallel.size()
+    lengths = np.diff(pairs.ends).reshape(-1, 3)
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    order = epoch_order(len(pairs), config.seed, 0)
+
+    def tokens(step):
+        chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
+        first = chosen[np.argsort(-longest[chosen], kind="stable")]
+        return lengths[first[::size][: config.micro_batch_size]].sum()
+
+    step = max(range(steps_per_epoch(pairs, config.batch_size)), key=tokens)
+    sizes = config.batch_size, config.micro_batch_size
+    return step_batches(pairs, step, *sizes, config.seed, None, 0, size)[0].rows
 
 
 def longest_row(pair):

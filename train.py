@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import replace
 
-from lib import checkpoint, parallel, policy, records, report, runs
+from lib import checkpoint, memory, parallel, policy, records, report, runs
 from lib.device import autocast, prepare
 from lib.flags import parse, run
 from lib.metrics import preference_metrics
@@ -170,6 +170,7 @@ def train(config, folder, lock):
     steps = config.epochs * data.steps_per_epoch(pairs, config.batch_size)
     held_out = data.prompts(splits["test"], tokenizer, config.max_length, config.eval_prompts)
     report.warn_before(config, steps, len(held_out), bool(tokenizer.files))
+    memory.tell(model, config, data.largest_batch(pairs, config), list(held_out.values()))
     runs.begin(folder, config, digest, done.borrowed, lock)
     model = parallel.wrap(prepare(model, config), device, config.fsdp, config.dtype)
 

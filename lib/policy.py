@@ -6,9 +6,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from lib import checkpoint, hf_adapter, hub, lora, parallel, pretrained
+from lib import checkpoint, hf_adapter, hf_config, hub, lora, parallel, pretrained
 from lib.device import autocast
-from lib.hf_weights import hold
+from lib.hf_weights import hold, weight_files
 from lib.sampling import generate
 from lib.settings import SIZE_FLAGS
 from lib.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from model import ModelConfig, Transformer, move, pack_rows
 
 ROWS_AT_ONCE = 64  # rows in one forward pass
 SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
-KEYS_AT_ONCE = 2**31  # bytes of their keys and values
+KEYS_AT_ONCE = 2**30  # bytes of their keys and values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,6 +109,16 @@ def read_base(name, tokenizer, base_dtype, device):
         return pretrained.load_model(source, tokenizer, 0, device, base_dtype)[0]
     model, _ = read_model(file, device)
     return hold(model, torch.bfloat16 if base_dtype == "bfloat16" else torch.float32)
+
+
+def sizes_of(name):
+    """(ModelConfig, the type in which the matrices would be held as a frozen base) of a folder or
+    checkpoint, whose weights are not read."""
+    source = hub.model_path(name)
+    if file := our_checkpoint(source):
+        return ModelConfig(**checkpoint.load(file)["config"]), "float32"
+    sizes = hf_config.model_config(checkpoint.read_json(source / "config.json"))
+    return sizes, pretrained.base_type(weight_files(source))
 
 
 def our_checkpoint(source):

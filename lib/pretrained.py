@@ -45,16 +45,18 @@ def load_model(folder, tokenizer, longest, device, base_dtype):
     """
     files = weight_files(folder)
     hf, config = read_config(folder, tokenizer, longest)
-    dtype = hf_weights.dtype_of(files)
-    if base_dtype == "auto":
-        held = dtype if dtype == torch.bfloat16 else torch.float32
-    else:
-        held = getattr(torch, base_dtype)
-    model = empty_model(Transformer, config, device, held)
+    held = base_type(files) if base_dtype == "auto" else base_dtype
+    model = empty_model(Transformer, config, device, getattr(torch, held))
     load_weights(weights_by_hf_name(model), files)
     # `export` writes the dtype that the files really had, whatever config.json said.
-    hf["dtype" if "dtype" in hf else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    dtype = str(hf_weights.dtype_of(files)).removeprefix("torch.")
+    hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
     return model.eval(), hf
+
+
+def base_type(files):
+    """The type in which a frozen model's matrices are held, by name: bfloat16 if the files are."""
+    return "bfloat16" if hf_weights.dtype_of(files) == torch.bfloat16 else "float32"
 
 
 def dtype_of(tokenizer):

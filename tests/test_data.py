@@ -210,7 +210,7 @@ def test_a_step_is_sorted_and_carries_its_own_totals():
     pairs, ref = token_pairs(), torch.arange(46.0).view(23, 2)
     batches = list(step_batches(pairs, 1, 8, 3, seed=0, ref=ref))
     widths = [b.rows.sequences.shape[1] for b in batches]
-    assert widths == sorted(widths) and [len(b.h_w) for b in batches] == [3, 3, 2]
+    assert widths == sorted(widths, reverse=True) and [len(b.h_w) for b in batches] == [3, 3, 2]
     assert {b.step_pairs for b in batches} == {8}
     assert {b.step_tokens for b in batches} == {sum(len(b.rows.target) for b in batches)}
     for b in batches:  # references and labels travel with their pairs

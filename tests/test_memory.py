@@ -1,0 +1,87 @@
+"""The forecast of memory: what is counted without values is what lives with them."""
+
+import gc
+
+from lib import memory
+from lib.device import autocast
+from lib.memory import Live, Plan
+from lib.settings import TrainConfig
+
+import pytest
+import torch
+from test_model import examples, make
+
+import data
+from model import pack_rows
+from safedpo import Pair
+
+PLANS = {
+    "whole": Plan(),
+    "bf16": Plan(dtype="bfloat16"),
+    "adapters": Plan(rank=3, base_dtype="bfloat16"),
+    "checkpointing": Plan(checkpointing=True),
+}
+
+
+def test_what_lives_is_counted_and_what_is_gone_is_not():
+    with Live() as live:
+        a = torch.zeros(1000)
+        b = a[10:].view(-1, 10)  # no memory of its own
+        assert live.now == 4000
+        c = a + 1
+        assert live.now == live.peak == 8000
+        del a
+        assert live.now == 8000, "the view keeps it"
+        del b, c
+        assert live.now == 0 and live.peak == 8000
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tensors_without_values_take_what_real_ones_take(name):
+    plan, rows = PLANS[name], pack_rows(examples())
+    sizes = make(qkv_bias=True, tied_head=True).config
+    said = memory.need(sizes, rows, [[1, 2, 3], [4]], plan)
+    gc.collect()
+    with Live() as live:
+        net = memory.build(sizes, plan)
+        assert said.weights == sum(p.numel() * p.element_size() for p in net.parameters())
+        for _ in range(2):
+            before, live.peak = live.now, 0
+            with autocast(torch.device("cpu"), plan.dtype):
+                logps = net(rows)
+            logps.sum().backward()
+            del logps
+    assert said.micro_batch == live.peak - before > 0
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert said.state == 12 * sum(p.numel() for p in trained)
+
+
+def test_fsdp_shares_weights_and_state():
+    sizes, rows = make(n_layer=4).config, pack_rows(examples())
+    one, two = (memory.need(sizes, rows, [[1]], Plan(shards=n)) for n in (1, 2))
+    assert two.weights == one.weights / 2 and two.state == one.state / 2
+    assert 0 < two.gathered < one.weights
+    assert two.micro_batch == one.micro_batch and two.evaluation == one.evaluation
+
+
+def test_the_largest_micro_batch_is_found():
+    config = TrainConfig(batch_size=4, micro_batch_size=2, seed=1)
+    lengths = [3, 5, 2, 9, 4, 4, 30, 6, 7, 1]
+    pairs = data.TokenPairs(Pair([1], [2] * n, [3], 0, 1) for n in lengths)
+    rows = data.largest_batch(pairs, config)
+    batches = [data.step_batches(pairs, step, 4, 2, 1) for step in range(3)]
+    most = max((b.rows for step in batches for b in step), key=lambda rows: len(rows.tokens))
+    assert torch.equal(rows.tokens, most.tokens) and len(rows.tokens) > 34
+
+
+def test_a_run_is_told_what_it_needs_and_whether_it_is_there(capsys, monkeypatch):
+    net, rows = make(), pack_rows(examples())
+    memory.tell(net, TrainConfig(device="cpu", dtype="float32"), rows, [[1]])
+    assert capsys.readouterr().out == "", "a tiny model fits anywhere"
+    monkeypatch.setattr(memory, "TINY", 0)
+    memory.tell(net, TrainConfig(device="cpu", dtype="float32"), rows, [[1]])
+    said = capsys.readouterr().out
+    assert said.startswith("memory, GB: 0.0 weights + ") and said.count("\n") == 1
+    monkeypatch.setattr(memory, "there_is", lambda device: 1e8)
+    memory.tell(net, TrainConfig(device="cpu", dtype="float32"), rows, [[1]])
+    assert "warning: that is 0.5 GB, and cpu has 0.1; a smaller" in capsys.readouterr().out
