@@ -18,7 +18,7 @@ one sequence an answer, gathered from the same tokens:
 A prompt's keys and values are the same in each sequence, so that this is exact. No mask is needed:
 the padding (·) stands behind every real token, where causal attention cannot see it.
 
-At a first reading leave out the hand-written gradient at the end.
+At a first reading leave out the hand-written gradients at the end.
 """
 
 import math
@@ -215,8 +215,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(Gated.apply(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -294,7 +293,23 @@ class Transformer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Log-probabilities, without ever holding all logits
+# Gradients that are written out, for the memory that autograd would take
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) · up of gate_up (T, 2·d_ff): (T, d_ff). Autograd would keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors[0].chunk(2, -1)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat((grad_gate, grad * F.silu(gate)), -1)
 
 
 def product_type(x):
@@ -356,6 +371,10 @@ class TokenLogps(torch.autograd.Function):
             grad_logits = p.mul_(-g[:, None])  # in place: there is no second copy
             grad_logits = grad_logits.scatter_add_(1, t[:, None], g[:, None]).to(ctx.dtype)
             grad_hidden.append(grad_logits @ weight)
-            grad_of_chunk = (grad_logits.T @ h).float()
-            grad_head = grad_of_chunk if grad_head is None else grad_head.add_(grad_of_chunk)
+            if grad_head is None:
+                grad_head = (grad_logits.T @ h).float()
+            elif ctx.dtype == grad_head.dtype:
+                grad_head.addmm_(grad_logits.T, h)  # as large as the head: there is no second one
+            else:
+                grad_head.add_(grad_logits.T @ h)
         return torch.cat(grad_hidden), grad_head.to(head.dtype), None

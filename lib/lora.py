@@ -2,9 +2,8 @@
 
     y = W x + b + s · B A x        s = α / r, A (r, in), B (out, r)
 
-It stands on every linear layer of the blocks; all other weights are frozen. B begins at zero, so
-that the first model is its base. Our qkv holds the rows of three layers and gate_up those of two:
-each of these parts has an A and a B of its own, as it would have if it stood alone.
+It stands on every linear layer of the blocks; all else is frozen. B begins at zero: the first model
+is its base. Our qkv is three layers in one and gate_up two: each part has its own A and B.
 """
 
 import torch
@@ -15,12 +14,9 @@ from model import product_type
 
 
 class LowRank(torch.autograd.Function):
-    """W x + b + s · B A x of each line x of (T, in): (T, out).
-
-    rows: how many rows of W each part has. A (parts · r, in) and B (out, r): the parts' own, one
-    below the other. The gradient is written out, so that the second product is added in place, and
-    no copy of W in another type is kept for the backward pass.
-    """
+    """W x + b + s · B A x for x (T, in): (T, out). A (parts · r, in) and B (out, r) are the parts'
+    own, one below the other; rows: of each part. The gradient is written out: the second product is
+    added in place, and no copy of W in another type is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, s, rows):
@@ -47,19 +43,17 @@ class LowRank(torch.autograd.Function):
 class LoRALinear(nn.Module):
     def __init__(self, linear, rows, rank, alpha, generator):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.rows, self.scale = rows, alpha / rank
+        self.weight, self.bias, self.rows, self.s = linear.weight, linear.bias, rows, alpha / rank
         device, (out, width) = linear.weight.device, linear.weight.shape
         A = torch.empty(len(rows) * rank, width).uniform_(-1, 1, generator=generator) / width**0.5
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
 
     def forward(self, x):
-        A, B = self.lora_A, self.lora_B
-        return LowRank.apply(x, self.weight, self.bias, A, B, self.scale, self.rows)
+        adapters = self.lora_A, self.lora_B, self.s, self.rows
+        return LowRank.apply(x, self.weight, self.bias, *adapters)
 
     def parts(self):
-        """(A, B) of each part."""
         return zip(self.lora_A.chunk(len(self.rows)), self.lora_B.split(self.rows))
 
 
@@ -68,12 +62,12 @@ def add(model, rank, alpha, seed):
     model.requires_grad_(False)
     generator, c = torch.Generator().manual_seed(seed), model.config
     qkv = tuple(heads * c.d_head for heads in (c.n_head, c.n_kv_head, c.n_kv_head))
-    rows = {"qkv": qkv, "out": (c.d_model,), "gate_up": (c.d_ff, c.d_ff), "down": (c.d_model,)}
+    layers = {"attention.qkv": qkv, "attention.out": (c.d_model,)}
+    layers |= {"mlp.gate_up": (c.d_ff, c.d_ff), "mlp.down": (c.d_model,)}
     for block in model.blocks:
-        for room in (block.attention, block.mlp):
-            for name, layer in list(room.named_children()):
-                if isinstance(layer, nn.Linear):
-                    setattr(room, name, LoRALinear(layer, rows[name], rank, alpha, generator))
+        for name, rows in layers.items():
+            layer = LoRALinear(block.get_submodule(name), rows, rank, alpha, generator)
+            block.set_submodule(name, layer)
 
 
 @torch.no_grad()
@@ -82,5 +76,5 @@ def merge(model):
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
             BA = torch.cat([B @ A for A, B in layer.parts()])
-            layer.weight.data = layer.weight.float() + layer.scale * BA
+            layer.weight.data = layer.weight + layer.s * BA
             layer.lora_B.zero_()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as room
-from model import Attention, ModelConfig, RMSNorm, TokenLogps, Transformer, pack_rows, rotate
+from model import Attention, Gated, ModelConfig, RMSNorm, TokenLogps, Transformer, pack_rows, rotate
 from safedpo import response_logps
 
 VOCAB, EOS = 50, 49
@@ -134,6 +134,14 @@ def test_chunked_logps_equal_plain_ones(monkeypatch):
         torch.testing.assert_close(frozen, plain)
         (grad,) = torch.autograd.grad((frozen * weight).sum(), hidden)
         torch.testing.assert_close(grad, expected[0])
+
+
+def test_the_gated_product_is_silu_times_up():
+    torch.manual_seed(0)
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(Gated.apply(x), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(Gated.apply, (x,))
 
 
 class Largest(TorchDispatchMode):
