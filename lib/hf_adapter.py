@@ -8,7 +8,7 @@ from lib.hf_weights import copy_tensor, safetensors_library, tensor_names
 
 import torch
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = {  # our layer → what its parts are called
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.out": ("self_attn.o_proj",),

@@ -8,6 +8,7 @@ import functools
 import re
 from pathlib import Path
 
+from lib import hf_adapter
 from lib.hf_tokenizer import COPIED_FILES
 from lib.rows import KINDS, PACKABLE, PACKED, parts_of_name
 
@@ -17,8 +18,8 @@ ROWS = [f"*{kind}{packed}" for kind in PACKABLE for packed in PACKED] + ["*.parq
 
 
 def model_path(name):
-    """The folder of a model, or a checkpoint of ours."""
-    return path_of(name, "model", (*COPIED_FILES, *WEIGHTS))
+    """The folder of a model or of adapters, or a checkpoint of ours."""
+    return path_of(name, "model", (*COPIED_FILES, *WEIGHTS, *hf_adapter.FILES))
 
 
 def data_path(name):
@@ -65,7 +66,8 @@ def path_of(name, kind, patterns):
         found = any(parts_of_name(file)[1] and file.is_file() for file in files)
     if not found and kind == "model":
         raise ValueError(
-            f"{name}: the Hugging Face hub has no model*.safetensors there, and nothing else is "
+            f"{name}: the Hugging Face hub has no model*.safetensors there (nor "
+            f"{hf_adapter.WEIGHTS}), and nothing else is "
             f"fetched; `hf download {repo} --local-dir FOLDER` brings all, and --init_from FOLDER "
             "says how pickles are converted"
         )

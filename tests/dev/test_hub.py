@@ -42,6 +42,14 @@ REPOSITORIES = {
     ("models", "village/pickles"): {
         "main": {"a/config.json": b"{}", "a/pytorch_model.bin": b"pickle", "config.json": b"{}"}
     },
+    ("models", "village/adapter"): {
+        "main": {
+            "adapter_config.json": b"{}",
+            "adapter_model.safetensors": b"weights",
+            "adapter_model.bin": b"pickle",
+            "optimizer.pt": b"pickle",
+        }
+    },
 }  # fmt: skip
 
 
@@ -158,6 +166,8 @@ def test_names_revisions_and_folders(server, environment, tmp_path):
     assert "once more, or another size of the same set" in said[5]
     assert said[7] == "[33, 33]" and said[9] == "[9, 3]" and said[13] == "[5, 3]"
     assert sum(map(int, said[11].strip("[]").split(","))) == 40
+    adapter = ask(["model:village/adapter"], environment)[-1]
+    assert adapter == "['adapter_config.json', 'adapter_model.safetensors']"
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     server.asked.clear()
     assert ask(names, offline) == said and not server.asked
