@@ -58,8 +58,9 @@ def add_scores_of_model(folder, score, rows, config):
     device = pick_device(config.device)
     prompts = [prompt_in(row, "prompt", "samples") for row in rows]
     answers = [(x, row[name]) for x, row in zip(prompts, rows) for name in MODELS]
-    model, examples = score_model.load_judge(folder, config.judge_template, answers, device)
     dtype = pick_dtype(config.dtype, device)
+    how = config.judge_template, answers, device, dtype
+    model, examples = score_model.load_judge(folder, *how)
     scores = log_probs(model, examples, device, dtype, title=f"{score}s")
     if not scores.isfinite().all():
         raise ValueError(f"{folder}: a score is no number; --dtype float32 may help")

@@ -5,6 +5,7 @@ from lib.hf_config import read_config
 from lib.hf_tokenizer import load_tokenizer
 from lib.hf_weights import HEAD, empty_model, load_weights, weight_files, weights_by_hf_name
 
+import torch
 import torch.nn as nn
 
 from model import Transformer
@@ -25,8 +26,8 @@ class ScoreModel(Transformer):
         return self.head(hidden[end]).squeeze(-1).float()
 
 
-def load_judge(folder, template, answers, device):
-    """(model, examples) of a score model's folder and [(prompt, answer), …].
+def load_judge(folder, template, answers, device, dtype="float32"):
+    """(model with its matrices in dtype, examples) of a folder and [(prompt, answer), …].
 
     examples: [(ids of prompt and answer, [[EOS]]), …]. model(pack_rows(examples)) are the scores.
     Prompt and answer are encoded as one text, as in the training of these models: scores depend on
@@ -54,7 +55,7 @@ def load_judge(folder, template, answers, device):
             f"{folder / 'config.json'}: do_normalize is true or score_dim is not 1; "
             "expected one score as the head gives it"
         )
-    model = empty_model(ScoreModel, config, device)
+    model = empty_model(ScoreModel, config, device, getattr(torch, dtype))
     weights = weights_by_hf_name(model)
     del weights[HEAD]
     weights[f"{head}.weight"] = model.head.weight

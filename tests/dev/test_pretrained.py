@@ -407,6 +407,11 @@ def test_scores_are_those_of_plain_transformers(head, bias, tmp_path):
     for rows in (1, 2, 64):  # padding and batch mates change nothing
         scores = log_probs(model, examples, CPU, "float32", rows)[:, 0].tolist()
         assert scores == pytest.approx(expected, abs=1e-4)
+    how = TEMPLATES["beaver"], ANSWERS, CPU, "bfloat16"
+    model, _ = score_model.load_judge(tmp_path, *how)
+    assert {p.dtype for p in model.parameters() if p.dim() > 1} == {torch.bfloat16}
+    scores = log_probs(model, examples, CPU, "bfloat16")[:, 0].tolist()
+    assert scores == pytest.approx(expected, abs=0.1 * (max(expected) - min(expected)))
 
 
 def test_a_sequence_classifier_scores_as_transformers_own(tmp_path):
