@@ -149,13 +149,21 @@ def total(x):
 
 
 def model_state(model):
-    """{name: whole weight, on the CPU} in process 0, {} in the others, all of which must call."""
-    return get_model_state_dict(model, options=WHOLE)
+    """{name: whole weight that learns, on the CPU} in process 0, {} elsewhere; all must call."""
+    return without_frozen(get_model_state_dict(model, options=WHOLE), model)
+
+
+def without_frozen(weights, model):
+    """WHOLE leaves a frozen embedding out, but not the head that is tied to it."""
+    named = bare(model).named_parameters(remove_duplicate=False)
+    frozen = {name for name, weight in named if not weight.requires_grad}
+    return {name: weight for name, weight in weights.items() if name not in frozen}
 
 
 def training_state(model, optimizer):
     """The same, and AdamW's state by the same names, whatever the number of processes."""
-    return get_state_dict(model, optimizer, options=WHOLE)
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    return without_frozen(weights, model), moments
 
 
 def load_training_state(model, optimizer, weights, moments):

@@ -1,8 +1,9 @@
 """Low-rank adapters: against W + s · B A written out, on a base in bf16, and in whole runs."""
 
+import copy
 import json
 
-from lib import lora
+from lib import lora, parallel
 from lib.hf_weights import hold
 from lib.policy import load_model
 
@@ -133,6 +134,28 @@ def test_a_base_in_bf16_is_read_as_it_is_and_adapters_stay_float32(dtype):
     for a, b in zip(*grads):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_saved_is_what_learns_and_comes_back(tied):
+    net, other = stir(make(tied_head=tied)), make(tied_head=tied)
+    optimizers = [train.make_optimizer(each, 0.0, 0.9) for each in (net, other)]
+    net(pack_rows(ROWS)).sum().backward()
+    optimizers[0].param_groups[0]["lr"] = 0.01
+    optimizers[0].step()
+    saved, moments = copy.deepcopy(parallel.training_state(net, optimizers[0]))
+    learning = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert saved.keys() == parallel.model_state(net).keys() == learning
+    parallel.load_training_state(other, optimizers[1], saved, moments)
+    for a, b in zip(net.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+    for each, optimizer in zip((net, other), optimizers):
+        for p in each.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.param_groups[0]["lr"] = 0.01  # as the loop does in each step
+        optimizer.step()
+    for a, b in zip(net.parameters(), other.parameters()):
+        assert torch.equal(a, b)
 
 
 # --------------------------------------------------------------------------------------------------

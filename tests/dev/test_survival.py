@@ -44,14 +44,14 @@ def work(argv, out, fault, *about):
     torch.set_num_threads(1)
     sys.argv = ["train.py"]
     sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{out}.log", "w")  # noqa: SIM115
-    leave = train.parallel.leave
+    end = train.runs.end
 
-    def keeps():
+    def keeps(folder):
         if (out / "state.pt").exists():
             shutil.copy(out / "state.pt", out / "last.pt")
-        leave()
+        end(folder)
 
-    train.parallel.leave = keeps
+    train.runs.end = keeps
     if fault:
         fault(out, *about)
     try:
