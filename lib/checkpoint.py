@@ -37,15 +37,15 @@ def save(path, state, keep=False):
         torch.save(state, f)
 
 
-def load(path):
+def load(path, mapped=False):
     """The state saved at path, on the CPU. ValueError if the file is damaged, or is none of ours.
 
-    Code in the file is never executed.
+    Code in the file is never executed. mapped: tensors stay in the file, for what is copied
+    elsewhere at once: so it is never a second time in memory.
     """
     try:
         check_archive(path)
-        # mapped: what is copied elsewhere was never a second time in memory
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as e:  # bytes of another kind, or cut short, raise nearly anything
@@ -70,7 +70,7 @@ def load_last(path):
     """The state last saved at path: if that is damaged, the one before, with a warning; else {}."""
     for file in (path, previous(path)):
         try:
-            return load(file)
+            return load(file, mapped=parallel.size() > 1)  # each process takes its share of it
         except FileNotFoundError:
             continue
         except ValueError as e:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 
+MOST_FREE = 2**29  # bytes that the heap keeps from step to step
+
 
 def pick_device(name):
     """`auto` is the first CUDA device, or the CPU."""
@@ -68,10 +70,10 @@ def keep_memory():
         LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back():
+def give_back(most_free=MOST_FREE):
     """Return freed memory to the system where there is much of it: rows of ever new lengths leave
     holes in it that nothing fits into. To be called once a step."""
-    if LIBC and LIBC.mallinfo2().fordblks > MOST_FREE:
+    if LIBC and LIBC.mallinfo2().fordblks > most_free:
         LIBC.malloc_trim(0)
 
 
@@ -95,4 +97,3 @@ def c_library():
 
 
 LIBC = c_library()
-MOST_FREE = 2**29  # bytes that the heap keeps

@@ -22,18 +22,18 @@ def export(folder, target, dtype, held_out, beta, device):
     """
     folder, target = Path(folder), Path(target)
     with pretrained.new_folder(target) as part:
-        _, tokenizer = policy = load_policy(folder, device)
+        policy = load_policy(folder, device)
+        tokenizer = policy[1]
         wanted = [pretrained.dtype_of(tokenizer), "float32"] if dtype == "auto" else [dtype]
         try:
             pairs = held_out(tokenizer)
             if not len(pairs):
                 raise ValueError("T drops the test split's first rows")
         except (ValueError, OSError) as e:
-            pairs, wanted = None, wanted[-1:]
+            pairs, policy, wanted = None, None, wanted[-1:]
             print(f"not measured on held-out pairs: {e}")
         else:
-            logps = logps_of(policy, pairs, device)
-            del policy
+            logps, policy = logps_of(policy, pairs, device), None
             reference = logps_of(load_model(folder / "reference.pt", device), pairs, device)
             margin = margin_of(logps, reference, beta)
         for dtype in wanted:

@@ -18,10 +18,13 @@ NAMES = {  # our layer → what its parts are called
 PLAIN = {  # field → what it must say if it is there: other adapters are not LoRA as we have it
     "peft_type": ("LORA",),
     "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", None),  # others change the base as well
     **dict.fromkeys(
         ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern",
          "alpha_pattern", "target_parameters", "trainable_token_indices",
-         "alora_invocation_tokens"),
+         "alora_invocation_tokens", "corda_config", "eva_config", "loftq_config",
+         "lora_ga_config", "use_qalora", "use_bdlora", "arrow_config", "layer_replication",
+         "kasa_config", "velora_config", "monteclora_config"),
         (False, None, {}, []),
     ),
 }  # fmt: skip
@@ -34,9 +37,14 @@ def is_adapter(folder):
 def read_config(folder):
     """(rank, alpha, the base's name) of a PEFT folder. ValueError if it is no plain LoRA."""
     path = Path(folder) / CONFIG
-    number = (int, float)
-    needed = {"r": int, "lora_alpha": number, "base_model_name_or_path": str}
-    config = checkpoint.read_json(path, needed)
+    config = checkpoint.read_json(path)
+    needed = {"r": (int,), "lora_alpha": (int, float), "base_model_name_or_path": (str,)}
+    for name, kinds in needed.items():
+        if type(config.get(name)) not in kinds:
+            raise ValueError(
+                f"{path}: {name} is {checkpoint.show(config.get(name))}; expected "
+                f"{' or '.join(kind.__name__ for kind in kinds)}, as PEFT writes it for LoRA"
+            )
     for name, expected in PLAIN.items():
         if name in config and config[name] not in expected:
             raise ValueError(
@@ -79,6 +87,9 @@ def load(model, folder):
                 f"{path}: {name} has no place; expected adapters on linear layers of Llama's blocks"
             )
         copy_tensor(path, name, weights[name], tied=False)
+        other = name.translate(str.maketrans("AB", "BA"))
+        if other not in names:
+            raise ValueError(f"{path}: {name} is there and {other} is missing; expected both")
     return (len(weights) - len(names)) // 2
 
 

@@ -38,7 +38,7 @@ def load_model(path, device, dtype="float32"):
 
 def read_model(path, device):
     """(model, its tokenizer) of a checkpoint, each matrix in the type in which it was trained."""
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, mapped=torch.device(device).type != "cpu")
     if not isinstance(state, dict) or not {"config", "model", "tokenizer"} <= state.keys():
         raise ValueError(f"{path}: holds no model; expected a run's reference.pt or policy.pt")
     about = state.get("adapters")
@@ -98,6 +98,11 @@ def first_not_finite(weights):
 
 def put_adapters(model, about, seed):
     """Put adapters on the model. about: {"rank", "alpha", "base", "base_dtype", "base_sha256"}."""
+    if model.adapters:
+        raise ValueError(
+            f"{about['base']}: has adapters itself; expected a whole model as the base of others "
+            "(--export makes one of it)"
+        )
     lora.add(model, about["rank"], about["alpha"], seed)
     model.adapters = about
 
@@ -105,6 +110,8 @@ def put_adapters(model, about, seed):
 def read_base(name, tokenizer, base_dtype, device):
     """The model of a folder or checkpoint, without adapters; its tokenizer is known already."""
     source = hub.model_path(name)
+    if not source.exists():
+        raise ValueError("no such file or folder; expected it where it was")
     if (file := our_checkpoint(source)) is None:
         return pretrained.load_model(source, tokenizer, 0, device, base_dtype)[0]
     model, _ = read_model(file, device)
@@ -179,6 +186,12 @@ def initial_model(config, device):
         return model, tokenizer
     base_dtype = config.base_dtype if config.lora_rank else "float32"
     model, tokenizer = whole_model(config.init_from, config, device, base_dtype)
+    held = model.adapters["base_dtype"] if model.adapters else "float32"
+    if config.base_dtype not in ("auto", held) and (model.adapters or not config.lora_rank):
+        raise ValueError(
+            f"--base_dtype {config.base_dtype}: the weights of {config.init_from} are held in "
+            f"{held}; the flag needs --lora_rank and a whole model"
+        )
     if model.adapters:
         check_adapters(config, model.adapters["rank"], model.adapters["alpha"])
     elif config.lora_rank:

@@ -75,7 +75,7 @@ def new_folder(folder):
     part = folder.with_name(folder.name + ".tmp")
     for path in (folder, part):
         if path.exists():
-            raise ValueError(f"--export {path}: exists already; expected the name of a new folder")
+            raise ValueError(f"{path}: exists already; expected the name of a new folder")
     part.mkdir(parents=True)
     try:
         yield part

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib import checkpoint, parallel
-from lib.device import pick_device, settle
+from lib.device import give_back, pick_device, settle
 from lib.flags import problems
 from lib.settings import FREE_FLAGS, REFERENCE_FLAGS, SAMPLING, SIZE_FLAGS, Settings, TrainConfig
 
@@ -223,7 +223,9 @@ def begin(folder, config, digest, reference, lock):
 
 def end(folder):
     """Training is done: the training state goes, and the memory that the model took."""
+    parallel.barrier()  # process 0 has written the policy
     gc.collect()  # a model is part of circles, so that `del` alone frees nothing
+    give_back(most_free=0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if not parallel.rank():

@@ -19,7 +19,7 @@ class Settings:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, …")
     dtype: str = flag(
         "auto",
-        "matrix products in this type; weights stay float32",
+        "matrix products in this type; in training weights stay float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     eval_prompts: int = flag(600, "test prompts to sample an answer for", above=0)

@@ -104,6 +104,30 @@ train.main()
 """
 
 
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import train
+from lib import checkpoint, parallel
+save = checkpoint.save
+def slow(path, *rest, **about):
+    if path.name == "policy.pt" and not parallel.rank():
+        time.sleep(3)
+    save(path, *rest, **about)
+checkpoint.save = slow
+train.main()
+"""
+
+
+def test_all_wait_until_the_policy_is_written(alone, folder, tmp_path):
+    script, start = tmp_path / "slow.py", ["--init_from", str(alone / "policy.pt")]
+    script.write_text(SLOW.format(root=str(ROOT)))
+    flags = [*SHORT, *start, "--data", folder, "--out_dir", tmp_path / "run"]
+    ended = torchrun(*flags, script=script)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
 def test_a_run_goes_on_with_another_number_of_processes(alone, folder, tmp_path):
     flags = [*FLAGS, "--data", folder, "--out_dir", tmp_path / "run"]
     script = tmp_path / "stops.py"

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_pretrained import argv, change, make
 
 import data
@@ -196,7 +197,8 @@ REFUSED = {
     "another-kind": (dict(peft_type="LOHA"), 'peft_type is "LOHA"; expected "LORA"'),
     "heads": (dict(modules_to_save=["lm_head"]), 'modules_to_save is ["lm_head"]; expected'),
     "nothing": (dict(r=0), "r is 0; expected at least 1"),
-    "no-base": (dict(base_model_name_or_path=...), "base_model_name_or_path is missing"),
+    "no-base": (dict(base_model_name_or_path=...), "base_model_name_or_path is null; expected str"),
+    "pissa": (dict(init_lora_weights="pissa"), 'init_lora_weights is "pissa"; expected true'),
     "another-rank": (dict(r=3), "lora_A.weight is (4, 40) of F32; expected (3, 40) of"),
 }
 
@@ -244,3 +246,27 @@ def test_a_changed_base_is_refused(run, folder, tmp_path):
     shutil.rmtree(tmp_path / "hf")
     with pytest.raises(ValueError, match="holds adapters of .*hf, which cannot be read"):
         load_model(tmp_path / "run" / "policy.pt", CPU)
+
+
+def test_half_an_adapter_is_refused(run, tmp_path):
+    net, _ = start(run[0], prompt_template="chatml", lora_rank=4)
+    path = export_adapter(net, tmp_path / "adapter") / "adapter_model.safetensors"
+    weights = load_file(path)
+    del weights["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"v_proj.lora_A.weight is there and .* is missing"):
+        start(tmp_path / "adapter", prompt_template="chatml")
+
+
+def test_adapters_on_adapters_are_refused(run, tmp_path):
+    net, _ = start(run[0], prompt_template="chatml", lora_rank=4)
+    changes = dict(base_model_name_or_path=str(run[1]))
+    change(export_adapter(net, tmp_path / "adapter"), "adapter_config.json", **changes)
+    with pytest.raises(ValueError, match="has adapters itself; expected a whole model"):
+        start(tmp_path / "adapter")
+
+
+def test_a_type_for_a_base_that_is_none_is_refused(run):
+    for flags in (dict(init_from=run[1]), dict(init_from=run[0], prompt_template="chatml")):
+        with pytest.raises(ValueError, match="--base_dtype .* the flag needs --lora_rank and"):
+            start(flags.pop("init_from"), base_dtype="bfloat16" if flags else "float32", **flags)
