@@ -74,8 +74,10 @@ class Config:
     compile: bool = like(TrainConfig, "compile", None)
     checkpointing: bool = like(TrainConfig, "checkpointing", False)
     memory: bool = flag(False, "say what a run would need of memory, and do nothing else")
-    init_from: str = flag("", "the model of --memory: a folder or checkpoint", path=True)
-    lora_rank: int = like(TrainConfig, "lora_rank", 0)
+    init_from: str = flag(
+        "", "with --memory: a Hugging Face folder or a checkpoint, instead of sizes", path=True
+    )
+    lora_rank: int = flag(0, "with --memory: rank of adapters; 0: the whole model", least=0)
     devices: int = flag(1, "with --memory: processes that share the model (--fsdp)", above=0)
 
 
@@ -361,11 +363,13 @@ def print_comparison(config):
 
 def print_memory(config):
     """What a run would need with pairs of these lengths, and answers of at most 256 tokens."""
-    sizes = {name: getattr(config, name) for name in SIZE_FLAGS}
-    sizes, base_dtype = ModelConfig(**sizes), config.dtype if config.lora_rank else "float32"
     if config.init_from:
-        sizes, own = sizes_of(config.init_from)
-        base_dtype = own if config.lora_rank else "float32"
+        sizes, base_dtype = sizes_of(config.init_from)
+    else:
+        sizes, base_dtype = {name: getattr(config, name) for name in SIZE_FLAGS}, config.dtype
+        sizes = ModelConfig(**sizes)
+    if not config.lora_rank:
+        base_dtype = "float32"
     pairs = data.TokenPairs(make_pairs(replace(config, vocab_size=sizes.vocab_size)))
     plan = memory.Plan(
         config.dtype, base_dtype, config.lora_rank, config.checkpointing, config.devices
@@ -375,7 +379,8 @@ def print_memory(config):
 
 
 def main(argv=None):
-    config = settle(Config(**parse(Config, argv, __doc__)))
+    given = parse(Config, argv, __doc__)
+    config = settle(Config(**given))
     if is_torchelastic_launched():
         raise ValueError(
             "torchrun starts this once a process, and each would measure alone; "
@@ -387,6 +392,9 @@ def main(argv=None):
         raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
     if config.memory:
         return print_memory(config)
+    for name in ("init_from", "lora_rank", "devices"):
+        if name in given:
+            raise ValueError(f"--{name} {given[name]}: acts with --memory only")
     print(
         f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, "
         f"{config.dtype}, {config.device}, {torch.get_num_threads()} threads"

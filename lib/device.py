@@ -73,7 +73,7 @@ def keep_memory():
 def give_back(most_free=MOST_FREE):
     """Return freed memory to the system where there is much of it: rows of ever new lengths leave
     holes in it that nothing fits into. To be called once a step."""
-    if LIBC and LIBC.mallinfo2().fordblks > most_free:
+    if hasattr(LIBC, "mallinfo2") and LIBC.mallinfo2().fordblks > most_free:
         LIBC.malloc_trim(0)
 
 
@@ -88,11 +88,12 @@ class MallInfo(ctypes.Structure):
 
 
 def c_library():
-    """glibc, if it is this system's and has what we use; else None."""
+    """glibc, if it is this system's; else None. Before 2.33 it has no mallinfo2."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim", "mallinfo2")):
+    if not hasattr(libc, "mallopt"):
         return None
-    libc.mallinfo2.restype = MallInfo
+    if hasattr(libc, "mallinfo2"):
+        libc.mallinfo2.restype = MallInfo
     return libc
 
 

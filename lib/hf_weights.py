@@ -57,6 +57,11 @@ def hold(model, dtype):
     return model
 
 
+def held_in(model):
+    """The name of the type in which its matrices are held."""
+    return str(model.blocks[0].mlp.down.weight.dtype).removeprefix("torch.")
+
+
 def weights_by_hf_name(model):
     """{Hugging Face's name: our parameter, or a view of that part of it which the name means}."""
     weights = {EMBEDDING: model.embedding.weight, "model.norm.weight": model.norm.weight}

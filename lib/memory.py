@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lib import lora, parallel, policy
 from lib.device import autocast
-from lib.hf_weights import hold
+from lib.hf_weights import held_in, hold
 from lib.sampling import Cache, sample
 
 import torch
@@ -57,7 +57,7 @@ class Need(NamedTuple):
 
     weights: float  # its share
     state: float  # of gradients and of AdamW's two moments
-    gathered: float  # FSDP: what it holds of the others' shares at once
+    gathered: float  # FSDP: what it holds at once of the others' weights and gradients
     micro_batch: float  # all else that lives in a step
     evaluation: float  # all
 
@@ -83,7 +83,7 @@ def need(sizes, rows, prompts, plan):
         weights = sum(p.numel() * p.element_size() for p in build(sizes, plan).parameters())
         # FSDP gathers weights in the products' type, and autocast makes no copies of them
         model = build(sizes, plan._replace(base_dtype=plan.dtype) if plan.shards > 1 else plan)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        learning = sum(p.numel() for p in filter(trained, model.parameters()))
         rows = Rows(*map(fake, rows[:-1]), rows.answers)
         for _ in range(2):  # the second time all gradients are there already
             before, live.peak = live.now, 0
@@ -94,16 +94,32 @@ def need(sizes, rows, prompts, plan):
         micro_batch = live.peak - before
     gathered = 0
     if plan.shards > 1:
-        count = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-        root = sum(p.numel() for p in model.parameters()) - sum(count)
-        gathered = bytes_of(plan.dtype) * (root + 2 * max(count))
+        gathered = gathered_bytes(model, bytes_of(plan.dtype))
     return Need(
         weights / plan.shards,
-        12 * trained / plan.shards,
+        12 * learning / plan.shards,
         gathered,
         micro_batch,
         PROCESS + evaluation(sizes, prompts, plan),
     )
+
+
+def gathered_bytes(model, size):
+    """What FSDP holds at once beside the shares, if a gathered number has `size` bytes.
+
+    Of weights: embedding, norm and head all the time, and a block while the next one comes. Of
+    gradients, before they are summed: the same without the next block; and one block's in float32,
+    in which it is sent.
+    """
+    block = list(model.blocks[0].parameters())
+    block, learns = (sum(p.numel() for p in part) for part in (block, filter(trained, block)))
+    root = [p for p in model.parameters() if all(p is not q for q in model.blocks.parameters())]
+    root, root_learns = (sum(p.numel() for p in part) for part in (root, filter(trained, root)))
+    return size * (root + 2 * block + root_learns + learns) + 4 * learns
+
+
+def trained(weight):
+    return weight.requires_grad
 
 
 def evaluation(sizes, prompts, plan):
@@ -164,7 +180,7 @@ def sentence(n, processes):
     parts = {
         "weights": n.weights,
         "gradients and AdamW": n.state,
-        "gathered weights": n.gathered,
+        "gathered weights and gradients": n.gathered,
         "the largest micro-batch": n.micro_batch,
     }
     told = " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items() if size)
@@ -181,7 +197,7 @@ def tell(model, config, rows, prompts):
         return
     plan = Plan(
         config.dtype,
-        str(model.blocks[0].mlp.down.weight.dtype).removeprefix("torch."),
+        held_in(model),
         model.adapters["rank"] if model.adapters else 0,
         config.checkpointing,
         parallel.size() if config.fsdp else 1,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib import checkpoint, hf_adapter, hf_config, hub, lora, parallel, pretrained
 from lib.device import autocast
-from lib.hf_weights import hold, weight_files
+from lib.hf_weights import held_in, hold, weight_files
 from lib.sampling import generate
 from lib.settings import SIZE_FLAGS
 from lib.tokenizer import Tokenizer
@@ -122,8 +122,13 @@ def sizes_of(name):
     """(ModelConfig, the type in which the matrices would be held as a frozen base) of a folder or
     checkpoint, whose weights are not read."""
     source = hub.model_path(name)
+    if hf_adapter.is_adapter(source):
+        raise ValueError(f"{source}: holds adapters alone; expected the model that they belong to")
     if file := our_checkpoint(source):
-        return ModelConfig(**checkpoint.load(file)["config"]), "float32"
+        state = checkpoint.load(file)
+        if not isinstance(state, dict) or "config" not in state:
+            raise ValueError(f"{file}: holds no model; expected a run's reference.pt or policy.pt")
+        return ModelConfig(**state["config"]), "float32"
     sizes = hf_config.model_config(checkpoint.read_json(source / "config.json"))
     return sizes, pretrained.base_type(weight_files(source))
 
@@ -223,6 +228,7 @@ def whole_model(name, config, device, base_dtype):
 
 
 def alpha_of(config):
+    """α of the adapters that the flags ask for."""
     return 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
 
 
@@ -232,7 +238,7 @@ def fit_adapters(model, rank, alpha, base, config):
         "rank": rank,
         "alpha": alpha,
         "base": os.path.abspath(base) if os.path.exists(base) else base,
-        "base_dtype": str(model.blocks[0].mlp.down.weight.dtype).removeprefix("torch."),
+        "base_dtype": held_in(model),
         "base_sha256": digest(model),
     }
     put_adapters(model, about, config.seed)
@@ -260,8 +266,8 @@ def log_probs(model, examples, device, dtype, rows_at_once=ROWS_AT_ONCE, title=N
     if not len(examples):
         return torch.zeros(0, 0)
     lengths = [len(x) + max(map(len, answers)) for x, answers in examples]
-    order = sorted(range(len(examples)), key=lengths.__getitem__, reverse=True)  # longest first:
-    # what does not fit is met at once
+    # longest first: what does not fit into memory is met at once
+    order = sorted(range(len(examples)), key=lengths.__getitem__, reverse=True)
     batches = [order[i : i + rows_at_once] for i in range(0, len(order), rows_at_once)]
     result = torch.zeros(len(examples), len(examples[0][1]), device=device)
     for first in parallel.progress(range(0, len(batches), parallel.size()), title):

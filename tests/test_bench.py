@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, complaint
 
 import bench
 from model import ModelConfig, Transformer, pack_rows
@@ -130,3 +130,19 @@ def test_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(ValueError, match=r"expected python bench\.py"):
         bench.main(SMALL)
+
+
+def test_memory_is_told_for_sizes_and_for_a_checkpoint(finished, capsys):
+    sizes = ["--memory", "--n_layer", "2", "--d_model", "48", "--vocab_size", "300"]
+    bench.main([*sizes, "--dtype", "float32"])
+    whole = capsys.readouterr().out
+    assert whole.startswith("memory, GB: ") and "gathered" not in whole
+    bench.main([*sizes, "--dtype", "float32", "--devices", "2"])
+    assert "memory, GB a process: " in capsys.readouterr().out
+    bench.main(["--memory", "--init_from", str(finished), "--lora_rank", "4"])
+    assert capsys.readouterr().out.startswith("memory, GB: ")
+
+
+@pytest.mark.parametrize("flag", ["--init_from", "--lora_rank", "--devices"])
+def test_flags_of_memory_alone_are_not_ignored_elsewhere(flag, capsys):
+    assert f"{flag} 3: acts with --memory only" in complaint(bench.main, [flag, "3"], capsys)

@@ -1,6 +1,8 @@
 """The forecast of memory: what is counted without values is what lives with them."""
 
 import gc
+import subprocess
+import sys
 
 from lib import memory
 from lib.device import autocast
@@ -9,6 +11,7 @@ from lib.settings import TrainConfig
 
 import pytest
 import torch
+from conftest import ROOT
 from test_model import examples, make
 
 import data
@@ -60,7 +63,11 @@ def test_fsdp_shares_weights_and_state():
     sizes, rows = make(n_layer=4).config, pack_rows(examples())
     one, two = (memory.need(sizes, rows, [[1]], Plan(shards=n)) for n in (1, 2))
     assert two.weights == one.weights / 2 and two.state == one.state / 2
-    assert 0 < two.gathered < one.weights
+    whole = one.weights / 4  # numbers
+    block = sum(p.numel() for p in make(n_layer=1).blocks.parameters())
+    root = whole - 4 * block
+    # of weights the root and two blocks, of gradients the root, one block, and that block again
+    assert one.gathered == 0 and two.gathered == 4 * (2 * root + 3 * block + block)
     assert two.micro_batch == one.micro_batch and two.evaluation == one.evaluation
 
 
@@ -85,3 +92,26 @@ def test_a_run_is_told_what_it_needs_and_whether_it_is_there(capsys, monkeypatch
     monkeypatch.setattr(memory, "there_is", lambda device: 1e8)
     memory.tell(net, TrainConfig(device="cpu", dtype="float32"), rows, [[1]])
     assert "warning: that is 0.5 GB, and cpu has 0.1; a smaller" in capsys.readouterr().out
+
+
+HEAP = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from lib import device
+size = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+device.keep_memory()
+tensors = [torch.ones(2**18 + 999 * i) for i in range(800)]  # about 1 MB each
+tensors = tensors[::40]  # holes between those that stay
+kept = size()
+device.give_back()
+print(kept, size())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and other systems keep nothing")
+def test_freed_memory_between_what_stays_is_given_back():
+    command = [sys.executable, "-c", HEAP.format(root=str(ROOT))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept, left = map(float, done.stdout.split())
+    assert kept > 1000 and left < kept - 700

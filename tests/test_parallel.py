@@ -128,6 +128,36 @@ def test_all_wait_until_the_policy_is_written(alone, folder, tmp_path):
     assert (tmp_path / "run" / "eval.json").exists()
 
 
+ALIVE = """
+import sys, weakref
+sys.path.insert(0, {root!r})
+import train
+make, refs = train.make_optimizer, []
+def noted(model, *rest):
+    optimizer = make(model, *rest)
+    weights = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    refs.extend(weakref.ref(x) for x in (model, optimizer, *weights))
+    return optimizer
+def alive(*_):
+    assert len(refs) > 10
+    print("alive", sum(ref() is not None for ref in refs))
+    sys.stdout.flush()
+    train.parallel.leave()
+    sys.exit()
+train.make_optimizer, train.evaluate = noted, alive
+train.main()
+"""
+
+
+@pytest.mark.parametrize("extra", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_nothing_that_was_trained_is_alive_when_evaluation_begins(folder, tmp_path, extra):
+    script = tmp_path / "alive.py"
+    script.write_text(ALIVE.format(root=str(ROOT)))
+    ended = torchrun(*FLAGS, *extra, "--data", folder, "--out_dir", tmp_path / "run", script=script)
+    assert ended.returncode == 0, ended.stderr
+    assert "alive 0" in ended.stdout, ended.stdout
+
+
 def test_a_run_goes_on_with_another_number_of_processes(alone, folder, tmp_path):
     flags = [*FLAGS, "--data", folder, "--out_dir", tmp_path / "run"]
     script = tmp_path / "stops.py"

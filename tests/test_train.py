@@ -3,6 +3,7 @@
 import json
 import math
 
+from lib import checkpoint
 from lib.device import autocast
 from lib.policy import load_model, log_probs
 from lib.stage import Stage
@@ -386,6 +387,17 @@ def test_a_stopped_run_resumes_to_the_bit(finished, folder, tmp_path, monkeypatc
     train.main([*flags, "--resume"])
     assert torch.equal(weights(tmp_path / "run"), weights(finished))
     assert lines(tmp_path / "run") == lines(finished)
+
+
+def test_the_state_is_saved_by_time_too(folder, tmp_path, monkeypatch):
+    flags = [*TINY, "--data", str(folder), "--save_every", "1000"]
+    saved, save = [], checkpoint.save
+    note = lambda path, *rest, **about: saved.append(path.name) or save(path, *rest, **about)
+    monkeypatch.setattr(checkpoint, "save", note)
+    for seconds in (900, -1):
+        monkeypatch.setattr("lib.stage.SAVE_SECONDS", seconds)
+        train.main([*flags, "--out_dir", str(tmp_path / str(seconds))])
+    assert saved.count("state.pt") == len(lines(tmp_path / "-1"))
 
 
 def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path):
