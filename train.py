@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import replace
 
-from lib import checkpoint, memory, parallel, policy, records, report, runs
+from lib import checkpoint, initial, memory, parallel, policy, records, report, runs
 from lib.device import autocast, prepare
 from lib.flags import parse, run
 from lib.metrics import preference_metrics
@@ -161,7 +161,7 @@ def train(config, folder, lock):
 
     done = runs.done_before(config, digest, folder)
     at_first = torch.device("cpu") if config.fsdp else device  # it may not fit on one device
-    model, tokenizer, is_reference = policy.starting_model(
+    model, tokenizer, is_reference = initial.starting_model(
         config, splits["train"], done.reference, at_first
     )
     pairs = data.training_pairs(splits, tokenizer, config)  # through T

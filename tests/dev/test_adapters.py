@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from lib import hf_adapter, policy
+from lib import hf_adapter, initial, policy
 from lib.device import autocast
 from lib.policy import load_model
 from lib.settings import TrainConfig
@@ -26,7 +26,7 @@ START = dict(sft_epochs=0, max_length=64, max_new_tokens=16, seed=3)
 
 
 def start(folder, **flags):
-    return policy.initial_model(TrainConfig(init_from=str(folder), **START | flags), CPU)
+    return initial.initial_model(TrainConfig(init_from=str(folder), **START | flags), CPU)
 
 
 def export_adapter(net, folder):
