@@ -243,10 +243,10 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
     chosen = {i: pairs[i] for i in order[start : start + batch_size].tolist()}
     by_length = sorted(chosen, key=lambda i: longest_row(chosen[i]), reverse=True)
     step_tokens = sum(len(p.y_w) + len(p.y_l) for p in chosen.values())
-    mine = by_length[rank::size]
+    cuts = [cut(by_length[r::size], chosen, micro_batch_size) for r in range(size)]
     batches = []
-    for start in range(0, len(by_length[::size]), micro_batch_size):
-        numbers = mine[start : start + micro_batch_size]
+    for i in range(max(map(len, cuts))):
+        numbers = cuts[rank][i] if i < len(cuts[rank]) else []
         examples = Examples([chosen[i] for i in numbers or by_length[-1:]])
         rows = pack_rows(examples)
         if not numbers:
@@ -258,21 +258,43 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
     return batches
 
 
+def cut(numbers, pairs, micro_batch_size):
+    """[[numbers of a micro-batch's pairs], …] of those of a step, longest first.
+
+    Each has micro_batch_size pairs, and more as long as they need no more memory than those may:
+    all their tokens are no more than those of the largest pairs, and no more in attention, where
+    each row is as long as the longest.
+    """
+    sizes = {i: sum(map(len, pairs[i][:3])) for i in numbers}
+    most = sum(sorted(sizes.values(), reverse=True)[:micro_batch_size])
+    parts, tokens = [], most
+    for i in numbers:
+        longest = longest_row(pairs[parts[-1][0] if parts else i])
+        room = micro_batch_size * longest_row(pairs[numbers[0]]) // longest
+        if tokens + sizes[i] > most or len(parts[-1]) == room:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(i)
+        tokens += sizes[i]
+    return parts
+
+
 def largest_batch(pairs, config):
-    """The rows of the micro-batch with the most tokens among the first epoch's steps."""
+    """The rows of the largest micro-batch of the first epoch: where `cut` has most room."""
     size = parallel.size()
     lengths = np.diff(pairs.ends).reshape(-1, 3)
-    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    longest, tokens = lengths[:, 0] + lengths[:, 1:].max(1), lengths.sum(1)
     order = epoch_order(len(pairs), config.seed, 0)
 
-    def tokens(step):
+    def most(step):  # as in `cut`
         chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-        first = chosen[np.argsort(-longest[chosen], kind="stable")]
-        return lengths[first[::size][: config.micro_batch_size]].sum()
+        mine = chosen[np.argsort(-longest[chosen], kind="stable")][::size]
+        return np.sort(tokens[mine])[-config.micro_batch_size :].sum()
 
-    step = max(range(steps_per_epoch(pairs, config.batch_size)), key=tokens)
+    step = max(range(steps_per_epoch(pairs, config.batch_size)), key=most)
     sizes = config.batch_size, config.micro_batch_size
-    return step_batches(pairs, step, *sizes, config.seed, None, 0, size)[0].rows
+    batches = step_batches(pairs, step, *sizes, config.seed, None, 0, size)
+    return max((batch.rows for batch in batches), key=lambda rows: len(rows.tokens))
 
 
 def longest_row(pair):

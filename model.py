@@ -172,6 +172,19 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
+def attend(q, k, v, visible):
+    """Attention of q (A, heads, L, D) to k and v, which may have fewer heads: (A, heads, L, D). It
+    is causal where visible is None."""
+    settings = dict(is_causal=visible is None, enable_gqa=k.shape[1] < q.shape[1])
+    if visible is not None or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, visible, **settings)
+    # in bfloat16 PyTorch's attention for CPUs is slower than in float32, and compiles code for
+    # each new length, which it keeps
+    with torch.autocast("cpu", enabled=False):
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings)
+    return y.type_as(q)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -200,11 +213,7 @@ class Attention(nn.Module):
         q, k, v = qkv.transpose(1, 2).split(heads, 1)  # (A, heads, L, D)
         if cache is not None:
             k, v = cache.extend(k, v)
-        grouped = self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(
-            q, k, v, visible, is_causal=visible is None, enable_gqa=grouped
-        )
-        y = y.transpose(1, 2).flatten(0, 1)  # (A·L, heads, D)
+        y = attend(q, k, v, visible).transpose(1, 2).flatten(0, 1)  # (A·L, heads, D)
         return self.out(y.index_select(0, slot).flatten(1))
 
 

@@ -54,14 +54,13 @@ def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, prec
     """
     device = next(model.parameters()).device
     losses, columns = [], []
-    for batch in parallel.sync_on_last(model, batches):
-        batch = move(batch, device)
-        with precision:
-            logps = model(batch.rows)
-        loss, of_pairs = loss_function(logps, batch)
-        parallel.backward(scaler.scale(loss))
-        losses.append(loss.detach())
-        columns.append(of_pairs)
+    with precision:  # one for all: weights are cast once a step
+        for batch in parallel.sync_on_last(model, batches):
+            batch = move(batch, device)
+            loss, of_pairs = loss_function(model(batch.rows), batch)
+            parallel.backward(scaler.scale(loss))
+            losses.append(loss.detach())
+            columns.append(of_pairs)
     losses = torch.stack(losses)
     if not losses.isfinite().all():
         bad = int((~losses.isfinite()).nonzero()[0])

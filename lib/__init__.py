@@ -10,3 +10,8 @@ import os
 # Here they look this many times and then sleep. (GNU's OpenMP, which PyTorch uses on Linux.)
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "300")
+
+# On a CPU, bfloat16 products compile code for each new shape, half a megabyte each time, and keep
+# the last 1,024 in two places. Rows have ever new lengths, so that few are used again.
+for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(kept, "64")

@@ -101,7 +101,8 @@ def sync_on_last(model, batches):
 def backward(loss):
     """Add the loss's gradients to those of the step. DDP and FSDP average gradients over processes,
     and a step's loss is the sum of all processes' losses."""
-    (loss * size()).backward()
+    with torch.autocast(loss.device.type, enabled=False):  # it has the types of the forward pass
+        (loss * size()).backward()
 
 
 def clear_gradients(model, optimizer):

@@ -116,7 +116,7 @@ class TrainConfig(Settings):
     epochs: int = flag(1, "passes of SafeDPO", above=0)
     lr: float = flag(4e-4, "peak learning rate of SafeDPO", above=0)
     batch_size: int = flag(64, "pairs in a step of SafeDPO", above=0)
-    micro_batch_size: int = flag(16, "pairs in a forward pass", above=0)
+    micro_batch_size: int = flag(16, "pairs in a forward pass; more where they are short", above=0)
     warmup: float = flag(
         0.3,
         "share of the steps in which the learning rate rises; then a cosine to 0",

@@ -115,3 +115,25 @@ def test_freed_memory_between_what_stays_is_given_back():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kept, left = map(float, done.stdout.split())
     assert kept > 1000 and left < kept - 700
+
+
+SHAPES = """
+import sys
+sys.path.insert(0, {root!r})
+from lib import device
+import torch
+W = torch.randn(256, 64).bfloat16()
+used = []
+for T in range(2, 402):
+    torch.randn(T, 64).bfloat16() @ W.T
+    used.append(device.LIBC.mallinfo2().uordblks / 1e6)
+print(used[149], used[-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library")
+def test_code_for_shapes_that_do_not_come_again_is_not_kept():
+    command = [sys.executable, "-c", SHAPES.format(root=str(ROOT))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    early, late = map(float, done.stdout.split())
+    assert late < early + 20  # of 250 shapes a quarter of a megabyte and more

@@ -178,6 +178,17 @@ def test_bf16_autocast_keeps_log_probs_in_float32(monkeypatch, at_once):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.08 * b.norm()
 
 
+def test_attention_on_a_cpu_is_float32s_whatever_its_type():
+    q, k, v = (torch.randn(2, n, 7, 8, dtype=torch.bfloat16) for n in (6, 2, 2))
+    expected = F.scaled_dot_product_attention(
+        q.float(), *(x.float().repeat_interleave(3, 1) for x in (k, v)), is_causal=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = room.attend(q, k, v, None)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
+
+
 def test_the_log_probs_gradient_is_kept_once():
     hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
     logps = TokenLogps.apply(hidden, head, torch.tensor([1, 2, 3, 4])).sum()

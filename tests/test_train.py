@@ -11,6 +11,7 @@ from lib.stage import Stage
 import pytest
 import torch
 from conftest import SHORT, TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
@@ -38,12 +39,13 @@ def reference(model, pairs):
     return log_probs(model, [(p.x, [p.y_w, p.y_l]) for p in pairs], CPU, "float32")
 
 
-def step(model, optimizer, pairs, ref, micro=8, beta=0.1, delta=5.0, number=0, loss=None):
+def step(
+    model, optimizer, pairs, ref, micro=8, beta=0.1, delta=5.0, number=0, loss=None, precision=PLAIN
+):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batches = data.step_batches(pairs, number, len(pairs), micro, 0, ref)
-    return train.train_step(
-        model, optimizer, scaler, batches, loss or train.preference_loss(beta, delta), 1.0, PLAIN
-    )
+    loss = loss or train.preference_loss(beta, delta)
+    return train.train_step(model, optimizer, scaler, batches, loss, 1.0, precision)
 
 
 def optimizer_of(model, lr=1e-3):
@@ -77,6 +79,35 @@ def test_micro_batches_are_one_batch(loss):
             results[2][1], rel=1e-5
         )
         torch.testing.assert_close(weights, results[2][2], rtol=0, atol=1e-6)
+
+
+class Casts(TorchDispatchMode):
+    """How often float32 weights of this shape became bfloat16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.n = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.n += result.dtype == torch.bfloat16
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_are_cast_once_a_step_and_each_step_anew(checkpointing):
+    model, pairs = make(), token_pairs()
+    model.checkpointing = checkpointing
+    optimizer, losses, ref = optimizer_of(model, 0.01), [], reference(model, pairs)
+    weight = model.blocks[0].mlp.down.weight
+    precision = autocast(CPU, "bfloat16")
+    for _ in range(2):
+        with Casts(weight.shape) as casts:
+            loss = step(model, optimizer, pairs, ref, 2, precision=precision)[0]
+        losses.append(loss)
+        assert casts.n == len(model.blocks)
+    assert losses[1] < losses[0] - 0.1, "with the weights of the first step nothing would change"
 
 
 def test_sft_loss_is_the_mean_over_answer_tokens():
