@@ -82,7 +82,7 @@ class Config:
 
 
 def make_pairs(c):
-    """c.steps · c.batch_size pairs of random token ids, with log-normal lengths.
+    """TokenPairs: c.steps · c.batch_size pairs of random token ids, with log-normal lengths.
 
     Every answer ends in token 1, and every second loser is unsafe.
     """
@@ -99,7 +99,7 @@ def make_pairs(c):
         y_w = ids(c.answer_tokens, 0.6) + [1]
         y_l = ids(c.answer_tokens, 0.6) + [1]
         pairs.append(Pair(x, y_w, y_l, 0, i % 2))
-    return pairs
+    return data.TokenPairs(pairs)
 
 
 def operations(c, pairs):
@@ -176,7 +176,7 @@ def ours(c):
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
     if c.compile:
         log_probs(
-            model, data.Examples(pairs[: c.micro_batch_size]), device, c.dtype
+            model, data.Examples([pairs[0]]), device, c.dtype
         )  # compiling is no part of an epoch
     start = clock(device)
     ref = log_probs(model, data.Examples(pairs), device, c.dtype, c.micro_batch_size)
@@ -370,11 +370,12 @@ def print_memory(config):
         sizes = ModelConfig(**sizes)
     if not config.lora_rank:
         base_dtype = "float32"
-    pairs = data.TokenPairs(make_pairs(replace(config, vocab_size=sizes.vocab_size)))
+    pairs = make_pairs(replace(config, vocab_size=sizes.vocab_size))
     plan = memory.Plan(
         config.dtype, base_dtype, config.lora_rank, config.checkpointing, config.devices
     )
-    need = memory.need(sizes, data.largest_batch(pairs, config), [p.x for p in pairs], plan)
+    largest = data.largest_batch(pairs, config.micro_batch_size)
+    need = memory.need(sizes, largest, [p.x for p in pairs], plan)
     print(memory.sentence(need, config.devices))
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
-from lib import parallel, records
+from lib import records
 from lib.parallel import progress
 
 import numpy as np
@@ -182,6 +182,11 @@ class TokenPairs:
             file.flush()
             self.tokens = np.memmap(file, np.int32, "r") if self.unsafe else None
 
+    @functools.cached_property
+    def lengths(self):
+        """(n, 3): how many tokens x, y_w and y_l have."""
+        return np.diff(self.ends).reshape(-1, 3)
+
     def __len__(self):
         return len(self.unsafe) // 2
 
@@ -232,10 +237,10 @@ def epoch_order(n, seed, epoch):
 def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank=0, size=1):
     """The micro-batches of one step, on the CPU. ref: (n, 2) log-probs under π_ref, or None.
 
-    The step's pairs are sorted by length before they are cut, longest first: little is padding, and
-    what does not fit into memory is met at once. Their mean is the same. Process `rank` of `size`
-    gets every size-th pair. Each process gets as many micro-batches as the others, if need be one
-    that reports no answer.
+    The step's pairs are sorted by length, longest first, before they are cut: little is padding. A
+    micro-batch has micro_batch_size pairs, and more where they take no more memory than the run's
+    largest pairs would. Their mean is the same. Process `rank` of `size` gets every size-th pair.
+    Each process gets as many micro-batches as the others, if need be one that reports no answer.
     """
     epoch, step_of_epoch = divmod(step, steps_per_epoch(pairs, batch_size))
     order = epoch_order(len(pairs), seed, epoch)
@@ -243,7 +248,8 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
     chosen = {i: pairs[i] for i in order[start : start + batch_size].tolist()}
     by_length = sorted(chosen, key=lambda i: longest_row(chosen[i]), reverse=True)
     step_tokens = sum(len(p.y_w) + len(p.y_l) for p in chosen.values())
-    cuts = [cut(by_length[r::size], chosen, micro_batch_size) for r in range(size)]
+    most = most_at_once(pairs, micro_batch_size)
+    cuts = [cut(by_length[r::size], chosen, *most) for r in range(size)]
     batches = []
     for i in range(max(map(len, cuts))):
         numbers = cuts[rank][i] if i < len(cuts[rank]) else []
@@ -258,43 +264,35 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
     return batches
 
 
-def cut(numbers, pairs, micro_batch_size):
-    """[[numbers of a micro-batch's pairs], …] of those of a step, longest first.
+@functools.lru_cache(maxsize=2)
+def most_at_once(pairs, micro_batch_size):
+    """(tokens, slots in attention) that micro_batch_size of the run's pairs can have."""
+    longest = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)
+    tokens = np.sort(pairs.lengths.sum(1))[-micro_batch_size:].sum()
+    return tokens, micro_batch_size * longest.max()
 
-    Each has micro_batch_size pairs, and more as long as they need no more memory than those may:
-    all their tokens are no more than those of the largest pairs, and no more in attention, where
-    each row is as long as the longest.
+
+def cut(numbers, pairs, most_tokens, most_slots):
+    """[[numbers of a micro-batch's pairs], …] of those of a step, which are {number: pair}.
+
+    They come longest first. In attention a pair has as many slots as the longest one beside it.
     """
-    sizes = {i: sum(map(len, pairs[i][:3])) for i in numbers}
-    most = sum(sorted(sizes.values(), reverse=True)[:micro_batch_size])
-    parts, tokens = [], most
+    parts, tokens = [], most_tokens
     for i in numbers:
-        longest = longest_row(pairs[parts[-1][0] if parts else i])
-        room = micro_batch_size * longest_row(pairs[numbers[0]]) // longest
-        if tokens + sizes[i] > most or len(parts[-1]) == room:
+        size = sum(map(len, pairs[i][:3]))
+        slots = (len(parts[-1]) + 1) * longest_row(pairs[parts[-1][0]]) if parts else 0
+        if tokens + size > most_tokens or slots > most_slots:
             parts.append([])
             tokens = 0
         parts[-1].append(i)
-        tokens += sizes[i]
+        tokens += size
     return parts
 
 
-def largest_batch(pairs, config):
-    """The rows of the largest micro-batch of the first epoch: where `cut` has most room."""
-    size = parallel.size()
-    lengths = np.diff(pairs.ends).reshape(-1, 3)
-    longest, tokens = lengths[:, 0] + lengths[:, 1:].max(1), lengths.sum(1)
-    order = epoch_order(len(pairs), config.seed, 0)
-
-    def most(step):  # as in `cut`
-        chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-        mine = chosen[np.argsort(-longest[chosen], kind="stable")][::size]
-        return np.sort(tokens[mine])[-config.micro_batch_size :].sum()
-
-    step = max(range(steps_per_epoch(pairs, config.batch_size)), key=most)
-    sizes = config.batch_size, config.micro_batch_size
-    batches = step_batches(pairs, step, *sizes, config.seed, None, 0, size)
-    return max((batch.rows for batch in batches), key=lambda rows: len(rows.tokens))
+def largest_batch(pairs, micro_batch_size):
+    """The rows of the largest pairs: no micro-batch has more tokens."""
+    largest = np.argsort(pairs.lengths.sum(1))[-micro_batch_size:]
+    return pack_rows(Examples([pairs[i] for i in largest.tolist()]))
 
 
 def longest_row(pair):

@@ -169,7 +169,8 @@ def train(config, folder, lock):
     steps = config.epochs * data.steps_per_epoch(pairs, config.batch_size)
     held_out = data.prompts(splits["test"], tokenizer, config.max_length, config.eval_prompts)
     report.warn_before(config, steps, len(held_out), bool(tokenizer.files))
-    memory.tell(model, config, data.largest_batch(pairs, config), list(held_out.values()))
+    largest = data.largest_batch(pairs, config.micro_batch_size)
+    memory.tell(model, config, largest, list(held_out.values()))
     runs.begin(folder, config, digest, done.borrowed, lock)
     model = parallel.wrap(prepare(model, config), device, config.fsdp, config.dtype)
 

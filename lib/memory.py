@@ -2,7 +2,8 @@
 
 The largest micro-batch goes forward and backward through the model with tensors that have shapes
 and types but no values, and what they would take is counted. So does what evaluation does at once.
-Both are counted as on a CPU; a GPU's own attention and a compiled block take a little less.
+Both are counted as on a CPU; a GPU's attention, which is not in float32 where its products are not,
+and a compiled block take a little less.
 """
 
 import os

@@ -14,9 +14,7 @@ import torch
 from conftest import ROOT
 from test_model import examples, make
 
-import data
 from model import pack_rows
-from safedpo import Pair
 
 PLANS = {
     "whole": Plan(),
@@ -69,16 +67,6 @@ def test_fsdp_shares_weights_and_state():
     # of weights the root and two blocks, of gradients the root, one block, and that block again
     assert one.gathered == 0 and two.gathered == 4 * (2 * root + 3 * block + block)
     assert two.micro_batch == one.micro_batch and two.evaluation == one.evaluation
-
-
-def test_the_largest_micro_batch_is_found():
-    config = TrainConfig(batch_size=4, micro_batch_size=2, seed=1)
-    lengths = [3, 5, 2, 9, 4, 4, 30, 6, 7, 1]
-    pairs = data.TokenPairs(Pair([1], [2] * n, [3], 0, 1) for n in lengths)
-    rows = data.largest_batch(pairs, config)
-    batches = [data.step_batches(pairs, step, 4, 2, 1) for step in range(3)]
-    most = max((b.rows for step in batches for b in step), key=lambda rows: len(rows.tokens))
-    assert torch.equal(rows.tokens, most.tokens) and len(rows.tokens) > 34
 
 
 def test_a_run_is_told_what_it_needs_and_whether_it_is_there(capsys, monkeypatch):

@@ -282,6 +282,7 @@ matrices = {{tuple(p.shape) for p in model.parameters() if p.dim() == 2}}
 model = parallel.wrap(model, cpu, True, dtype)
 ids = lambda k: torch.randint(1, 300, (k,)).tolist()
 pairs = [Pair(ids(5), ids(6 + i % 5), ids(9 - i % 3), 0, i % 2) for i in range(24)]
+pairs = data.TokenPairs(pairs)
 ref = log_probs(model, data.Examples(pairs), cpu, dtype)
 optimizer = train.make_optimizer(model, 0.0, 0.99)
 for group in optimizer.param_groups:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
+from data import TokenPairs
 from model import ModelConfig, Transformer
 from safedpo import Pair
 
@@ -32,7 +33,7 @@ def token_pairs(n=8, seed=0, kinds=((0, 0), (0, 1))):
     ids = lambda: torch.randint(
         0, 60, (int(torch.randint(2, 9, (1,), generator=g)),), generator=g
     ).tolist()
-    return [Pair(ids(), ids(), ids(), *kinds[i % len(kinds)]) for i in range(n)]
+    return TokenPairs(Pair(ids(), ids(), ids(), *kinds[i % len(kinds)]) for i in range(n))
 
 
 def reference(model, pairs):

@@ -42,7 +42,7 @@ def some_pairs(n=24):
         length = int(torch.randint(low, high, (1,), generator=g))
         return torch.randint(3, 420, (length,), generator=g).tolist()
 
-    return [Pair(ids(2, 9), ids(1, 12), ids(1, 12), 0, i % 2) for i in range(n)]
+    return data.TokenPairs(Pair(ids(2, 9), ids(1, 12), ids(1, 12), 0, i % 2) for i in range(n))
 
 
 def peers_logps(net, pairs):

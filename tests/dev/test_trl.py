@@ -38,7 +38,7 @@ def token_pairs(n=8):
         length = int(torch.randint(1, 9, (1,), generator=g))
         return torch.randint(1, EOS, (length,), generator=g).tolist()
 
-    return [Pair(ids(), ids() + [EOS], ids() + [EOS], 0, i % 2) for i in range(n)]
+    return data.TokenPairs(Pair(ids(), ids() + [EOS], ids() + [EOS], 0, i % 2) for i in range(n))
 
 
 @pytest.mark.parametrize("delta", [0.0, 5.0])
