@@ -175,9 +175,8 @@ def ours(c):
     model = prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
     if c.compile:
-        log_probs(
-            model, data.Examples([pairs[0]]), device, c.dtype
-        )  # compiling is no part of an epoch
+        # compiling is no part of an epoch
+        log_probs(model, data.Examples([pairs[0]]), device, c.dtype)
     start = clock(device)
     ref = log_probs(model, data.Examples(pairs), device, c.dtype, c.micro_batch_size)
     reference_time = clock(device) - start

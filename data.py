@@ -266,16 +266,18 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
 
 @functools.lru_cache(maxsize=2)
 def most_at_once(pairs, micro_batch_size):
-    """(tokens, slots in attention) that micro_batch_size of the run's pairs can have."""
+    """(tokens, slots) that a micro-batch may have: as many as the run's largest pairs, so many of
+    them. Slots are the places of attention's padded rows, counted once a pair."""
     longest = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)
     tokens = np.sort(pairs.lengths.sum(1))[-micro_batch_size:].sum()
     return tokens, micro_batch_size * longest.max()
 
 
 def cut(numbers, pairs, most_tokens, most_slots):
-    """[[numbers of a micro-batch's pairs], …] of those of a step, which are {number: pair}.
+    """A step's pairs, cut into micro-batches: [[number, …], …].
 
-    They come longest first. In attention a pair has as many slots as the longest one beside it.
+    numbers: longest first. pairs: {number: pair}. In attention each pair of a micro-batch takes as
+    many slots as its longest row has tokens.
     """
     parts, tokens = [], most_tokens
     for i in numbers:

@@ -176,10 +176,10 @@ def attend(q, k, v, visible):
     """Attention of q (A, heads, L, D) to k and v, which may have fewer heads: (A, heads, L, D). It
     is causal where visible is None."""
     settings = dict(is_causal=visible is None, enable_gqa=k.shape[1] < q.shape[1])
-    if visible is not None or q.device.type != "cpu":
+    if visible is not None or q.device.type != "cpu" or q.dtype.itemsize > 2:
         return F.scaled_dot_product_attention(q, k, v, visible, **settings)
-    # in bfloat16 PyTorch's attention for CPUs is slower than in float32, and compiles code for
-    # each new length, which it keeps
+    # on a CPU attention is slower in bfloat16 than in float32, and compiles code for each new
+    # length, which it keeps
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings)
     return y.type_as(q)

@@ -186,6 +186,9 @@ def test_attention_on_a_cpu_is_float32s_whatever_its_type():
     with torch.autocast("cpu", torch.bfloat16):
         found = room.attend(q, k, v, None)
     assert found.dtype == torch.bfloat16
+    double = room.attend(*(x.double() for x in (q, k, v)), None)
+    assert double.dtype == torch.float64
+    assert (double - expected).abs().max() < 1e-6 < (found - expected).abs().max()
     torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
 
 
