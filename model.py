@@ -4,7 +4,8 @@ RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, 
 of q and k; a tied or a separate head.
 
 forward gives log π(y | x) of every answer in a batch of prompts, each with any number of answers.
-A prompt's tokens are computed once for all its answers:
+What a token gives depends on it and on those before it alone, so that rows that begin alike share
+these tokens: a prompt is computed once for all its answers.
 
     tokens     p p p p  w w w <eos>  l l <eos>
     position   0 1 2 3  4 5 6 7      4 5 6
@@ -15,8 +16,8 @@ one sequence an answer, gathered from the same tokens:
     p p p p w w w <eos>
     p p p p l l <eos> ·
 
-A prompt's keys and values are the same in each sequence, so that this is exact. No mask is needed:
-the padding (·) stands behind every real token, where causal attention cannot see it.
+The keys and values of shared tokens are the same in each sequence, so that this is exact. No mask
+is needed: the padding (·) stands behind every real token, where causal attention cannot see it.
 
 At a first reading leave out the hand-written gradients at the end.
 """
@@ -82,13 +83,13 @@ class ModelConfig:
 
 
 class Rows(NamedTuple):
-    """Prompts with A answers in all, packed into T tokens, N of them answer tokens.
+    """Prompts with A answers in all, packed into T tokens; the answers have N.
 
     L: tokens of the longest prompt with its answer. All tensors are int64. See `pack_rows`.
     """
 
-    tokens: torch.Tensor  # (T,) row after row, each a prompt and then its answers
-    position: torch.Tensor  # (T,) where a token stands if its answer alone follows the prompt
+    tokens: torch.Tensor  # (T,) row after row; what an earlier row begins with too is left out
+    position: torch.Tensor  # (T,) where in its row a token stands, from 0
     sequences: torch.Tensor  # (A, L) which tokens attention sees, an answer a line; padded with 0
     slot: torch.Tensor  # (T,) where in sequences.flatten() a token stands (its first place there)
     predictor: torch.Tensor  # (N,) which of the T tokens predicts the n-th answer token
@@ -115,22 +116,21 @@ def pack_rows(examples):
     """
     L = max(len(x) + len(y) for x, answers in examples for y in answers)
     tokens, position, sequences, slot, predictor, target, answer = ([] for _ in range(7))
+    numbers = {}  # {(number of the token before, token): its number}
     for x, answers in examples:
-        prompt = range(len(tokens), len(tokens) + len(x))  # its tokens' numbers
-        first_slot = len(sequences) * L
-        tokens += x
-        position += range(len(x))
-        slot += range(first_slot, first_slot + len(x))
         for y in answers:
-            response = range(len(tokens), len(tokens) + len(y))
-            first_slot = len(sequences) * L + len(x)
-            tokens += y
-            position += range(len(x), len(x) + len(y))
-            slot += range(first_slot, first_slot + len(y))
-            predictor += [prompt[-1], *response][:-1]  # the prompt's last token predicts the first
+            number, sequence = -1, []
+            for place, token in enumerate((*x, *y)):
+                number = numbers.setdefault((number, token), len(tokens))
+                if number == len(tokens):  # none began like this before
+                    tokens.append(token)
+                    position.append(place)
+                    slot.append(len(sequences) * L + place)
+                sequence.append(number)
+            predictor += sequence[len(x) - 1 : -1]  # the prompt's last token predicts the first
             target += y
             answer += [len(sequences)] * len(y)
-            sequences.append([*prompt, *response] + [0] * (L - len(x) - len(y)))
+            sequences.append(sequence + [0] * (L - len(sequence)))
     columns = (tokens, position, sequences, slot, predictor, target, answer)
     return Rows(*map(torch.tensor, columns), len(sequences))
 

@@ -4,6 +4,8 @@ import ctypes
 import sys
 from dataclasses import replace
 
+from lib.hf_weights import hold_frozen
+
 import torch
 
 MOST_FREE = 2**29  # bytes that the heap keeps from step to step
@@ -48,6 +50,7 @@ def prepare(model, config):
         torch.set_float32_matmul_precision("high")  # what is left in float32 goes through TF32
     else:
         keep_memory()
+    hold_frozen(model, getattr(torch, config.dtype))
     model.checkpointing = config.checkpointing
     if config.compile:
         for block in model.blocks:

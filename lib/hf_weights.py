@@ -57,6 +57,14 @@ def hold(model, dtype):
     return model
 
 
+def hold_frozen(model, dtype):
+    """Where adapters learn, keep the blocks' matrices in dtype if that is narrower. It is the type
+    of their products, and nothing else reads them: else they are cast for each micro-batch."""
+    weight = model.blocks[0].mlp.down.weight
+    if not weight.requires_grad and dtype.itemsize < weight.element_size():
+        hold(model.blocks, dtype)
+
+
 def held_in(model):
     """The name of the type in which its matrices are held."""
     return str(model.blocks[0].mlp.down.weight.dtype).removeprefix("torch.")

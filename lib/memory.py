@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lib import lora, parallel, policy
 from lib.device import autocast
-from lib.hf_weights import held_in, hold
+from lib.hf_weights import held_in, hold, hold_frozen
 from lib.sampling import Cache, sample
 
 import torch
@@ -134,7 +134,7 @@ def evaluation(sizes, prompts, plan):
         columns = rows.sequences.shape[1] + most
         caches = [Cache(columns) for _ in model.blocks]
         where = map(fake, (rows.tokens, rows.position, rows.sequences, rows.slot))
-        hidden = model.hidden(*where, caches=caches)[: len(batch)]
+        hidden = model.hidden(*where, caches=caches)[fake(rows.sequences[:, 0])]
         sample(model.head(hidden).float(), 1.0, 1.0, fake(torch.zeros(len(batch))))
         del caches, hidden
         read = [(max(prompts, key=len), [[0] * most])] * min(len(prompts), policy.ROWS_AT_ONCE)
@@ -147,6 +147,7 @@ def build(sizes, plan):
     model = hold(Transformer(sizes), getattr(torch, plan.base_dtype))
     if plan.rank:
         lora.add(model, plan.rank, 1.0, 0)
+        hold_frozen(model, getattr(torch, plan.dtype))
     model.checkpointing = plan.checkpointing
     return model
 

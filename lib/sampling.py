@@ -32,7 +32,7 @@ def generate(
     column = torch.arange(L + max_new_tokens, device=device)
     caches = [Cache(L + max_new_tokens) for _ in model.blocks]
     hidden = model.hidden(rows.tokens, rows.position, rows.sequences, rows.slot, caches=caches)
-    hidden = hidden[length.cumsum(0) - 1]  # (R, d)
+    hidden = hidden[rows.sequences.gather(1, length[:, None] - 1).squeeze(1)]  # (R, d)
     # (R, columns): a prompt's own tokens, and everything that is sampled
     seen = (column < length[:, None]) | (column >= L)
     ends = torch.tensor(ends, device=device)

@@ -22,7 +22,8 @@ class ScoreModel(Transformer):
         """The score of each row's one answer: (A,) float32."""
         hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.slot)
         last = rows.answer.bincount().cumsum(0) - 1  # (A,) index into the rows' answer tokens
-        end = rows.predictor[last] + 1  # the predictor is the token before, which predicts it
+        place = rows.position[rows.predictor[last]] + 1  # the predictor is the token before
+        end = rows.sequences.gather(1, place[:, None]).squeeze(1)
         return self.head(hidden[end]).squeeze(-1).float()
 
 

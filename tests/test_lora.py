@@ -4,7 +4,7 @@ import copy
 import json
 
 from lib import lora, parallel
-from lib.hf_weights import hold
+from lib.hf_weights import held_in, hold, hold_frozen
 from lib.policy import load_model
 
 import pytest
@@ -134,6 +134,24 @@ def test_a_base_in_bf16_is_read_as_it_is_and_adapters_stay_float32(dtype):
     for a, b in zip(*grads):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_base_held_in_the_products_type_changes_nothing_that_learns():
+    """And a base that is narrower already, or a model that learns as a whole, is left alone."""
+    wide, narrow, steps = stir(make(tied_head=True)), stir(make(tied_head=True)), []
+    hold_frozen(narrow, torch.bfloat16)
+    assert held_in(narrow) == "bfloat16" and held_in(wide) == "float32"
+    assert narrow.embedding.weight.dtype == torch.float32
+    for model in (wide, narrow):
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = model(pack_rows(ROWS))
+        logps.sum().backward()
+        steps.append([logps.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*steps))
+    hold_frozen(narrow, torch.float32)
+    assert held_in(narrow) == "bfloat16"
+    hold_frozen(whole := make(rank=0), torch.bfloat16)
+    assert held_in(whole) == "float32"
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -20,6 +20,7 @@ PLANS = {
     "whole": Plan(),
     "bf16": Plan(dtype="bfloat16"),
     "adapters": Plan(rank=3, base_dtype="bfloat16"),
+    "bf16 adapters": Plan(dtype="bfloat16", rank=3),
     "checkpointing": Plan(checkpointing=True),
 }
 

@@ -61,6 +61,8 @@ VARIANTS = [{}, {"tied_head": True}, {"qkv_bias": True}, {"n_kv_head": 4}, {"n_k
 @pytest.mark.parametrize("sizes", VARIANTS, ids=str)
 def test_packed_rows_equal_separate_sequences(sizes):
     net, rows = make(**sizes), examples()
+    (x, (y, z)), (_, others) = rows[:2]  # rows that begin alike: in the prompt, and beyond it
+    rows += [(x, others), (x + y[:-1], [[1, *z], z])]
     packed, plain = net(pack_rows(rows)), plain_logps(net, rows)
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
     weight = torch.linspace(-1, 1, len(plain))
@@ -90,16 +92,16 @@ def test_the_other_answer_is_invisible():
 
 
 def test_row_layout_as_documented():
-    rows = pack_rows([([1, 2, 3, 4], [[5, 6, 7, 9], [8, 8, 9]]), ([1], [[9], [9]])])
-    assert rows.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8, 8, 9, 1, 9, 9]
-    assert rows.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 0, 1, 1]
+    rows = pack_rows([([1, 2, 3, 4], [[5, 6, 7, 9], [8, 8, 9]]), ([2], [[9], [9]])])
+    assert rows.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8, 8, 9, 2, 9]
+    assert rows.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 0, 1]
     assert rows.sequences.tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7],
         [0, 1, 2, 3, 8, 9, 10, 0],
         [11, 12, 0, 0, 0, 0, 0, 0],
-        [11, 13, 0, 0, 0, 0, 0, 0],
+        [11, 12, 0, 0, 0, 0, 0, 0],  # the same answer once more
     ]
-    assert rows.sequences.flatten()[rows.slot].tolist() == list(range(14))
+    assert rows.sequences.flatten()[rows.slot].tolist() == list(range(13))
     assert rows.predictor.tolist() == [
         3,
         4,
@@ -113,6 +115,17 @@ def test_row_layout_as_documented():
     ]  # both first tokens come from the last prompt token
     assert rows.target.tolist() == [5, 6, 7, 9, 8, 8, 9, 9, 9]
     assert rows.answer.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 3]
+
+
+def test_rows_that_begin_alike_share_these_tokens():
+    rows = pack_rows([([1, 2, 3], [[4, 9], [4, 5]]), ([1, 2], [[3, 4, 9], [2]])])
+    assert rows.tokens.tolist() == [1, 2, 3, 4, 9, 5, 2]  # the last 2 does not stand where 2 did
+    assert rows.position.tolist() == [0, 1, 2, 3, 4, 4, 2]
+    beginnings = [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4], [0, 1, 6, 0, 0]
+    assert rows.sequences.tolist() == list(beginnings)
+    assert rows.slot.tolist() == [0, 1, 2, 3, 4, 9, 17]
+    assert rows.predictor.tolist() == [2, 3, 2, 3, 1, 2, 3, 1]  # where a prompt ends is its own
+    assert rows.target.tolist() == [4, 9, 4, 5, 3, 4, 9, 2]
 
 
 # --------------------------------------------------------------------------------------------------
