@@ -175,14 +175,17 @@ def rotate(x, cos, sin):
 def attend(q, k, v, visible):
     """Attention of q (A, heads, L, D) to k and v, which may have fewer heads: (A, heads, L, D). It
     is causal where visible is None."""
+    if visible is None:
+        q, k, v = widened(q), widened(k), widened(v)
     settings = dict(is_causal=visible is None, enable_gqa=k.shape[1] < q.shape[1])
-    if visible is not None or q.device.type != "cpu" or q.dtype.itemsize > 2:
+    with torch.autocast("cpu", enabled=False):  # it would narrow them again
         return F.scaled_dot_product_attention(q, k, v, visible, **settings)
-    # on a CPU attention is slower in bfloat16 than in float32, and compiles code for each new
-    # length, which it keeps
-    with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings)
-    return y.type_as(q)
+
+
+def widened(x):
+    """x as attention wants it: a CPU's is slower in bfloat16 than in float32, and compiles code for
+    each new length, which it keeps."""
+    return x.float() if x.device.type == "cpu" and x.dtype.itemsize < 4 else x
 
 
 class Attention(nn.Module):
@@ -202,6 +205,8 @@ class Attention(nn.Module):
         its padding (slot 7) gives what nobody reads.
         """
         qkv = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (T, heads, D)
+        if cache is None:  # keys that are kept stay narrow
+            qkv = widened(qkv)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), 1)
         if self.qk_norms:
             q_norm, k_norm = self.qk_norms
