@@ -178,7 +178,7 @@ def ours(c):
         # compiling is no part of an epoch
         log_probs(model, data.Examples([pairs[0]]), device, c.dtype)
     start = clock(device)
-    ref = log_probs(model, data.Examples(pairs), device, c.dtype, c.micro_batch_size)
+    ref = log_probs(model, data.Examples(pairs), device, c.dtype)
     reference_time = clock(device) - start
     optimizer = train.make_optimizer(model, 0.0, train.TrainConfig.beta2)
     for group in optimizer.param_groups:

@@ -202,10 +202,7 @@ def reference_logps(model, pairs, config, folder):
     ref = checkpoint.load_last(path).get("ref")
     if not isinstance(ref, torch.Tensor) or ref.shape != (len(pairs), 2):
         device, examples = torch.device(config.device), data.Examples(pairs)
-        at_once = config.micro_batch_size
-        ref = policy.log_probs(
-            model, examples, device, config.dtype, at_once, "reference log-probs"
-        )
+        ref = policy.log_probs(model, examples, device, config.dtype, "reference log-probs")
         checkpoint.save(path, {"ref": ref})
     return ref
 

@@ -137,8 +137,8 @@ def evaluation(sizes, prompts, plan):
         hidden = model.hidden(*where, caches=caches)[fake(rows.sequences[:, 0])]
         sample(model.head(hidden).float(), 1.0, 1.0, fake(torch.zeros(len(batch))))
         del caches, hidden
-        read = [(max(prompts, key=len), [[0] * most])] * min(len(prompts), policy.ROWS_AT_ONCE)
-        rows = pack_rows(read)
+        n, answer = max(1, policy.SLOTS_AT_ONCE // columns), list(range(most))
+        rows = pack_rows([([i, *range(columns - most - 1)], [answer]) for i in range(n)])
         model(Rows(*map(fake, rows[:-1]), rows.answers))
     return live.peak
 

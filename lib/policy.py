@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import asdict
 
 from lib import checkpoint, hf_adapter, hf_config, hub, lora, parallel, pretrained
-from lib.device import autocast
+from lib.device import autocast, give_back
 from lib.hf_weights import hold, weight_files
 from lib.sampling import generate
 from lib.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ import torch
 
 from model import ModelConfig, Transformer, move, pack_rows
 
-ROWS_AT_ONCE = 64  # rows in one forward pass
+SLOTS_AT_ONCE = 2**13  # answers · tokens of the longest in one forward pass without a gradient
 SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
 KEYS_AT_ONCE = 2**30  # bytes of their keys and values
 
@@ -153,18 +153,22 @@ def digest(model):
 
 
 @torch.no_grad()
-def log_probs(model, examples, device, dtype, rows_at_once=ROWS_AT_ONCE, title=None):
+def log_probs(model, examples, device, dtype, title=None):
     """log π(y | x) in nats of [(x, [y, …]), …], each x with as many y: (n, answers) float32, CPU.
 
     Several processes share the work, and each must call.
     """
     if not len(examples):
         return torch.zeros(0, 0)
-    lengths = [len(x) + max(map(len, answers)) for x, answers in examples]
-    # longest first: what does not fit into memory is met at once
-    order = sorted(range(len(examples)), key=lengths.__getitem__, reverse=True)
-    batches = [order[i : i + rows_at_once] for i in range(0, len(order), rows_at_once)]
     result = torch.zeros(len(examples), len(examples[0][1]), device=device)
+    slots = [len(answers) * (len(x) + max(map(len, answers))) for x, answers in examples]
+    # longest first: what does not fit into memory is met at once
+    order = sorted(range(len(examples)), key=slots.__getitem__, reverse=True)
+    batches = []
+    while order:
+        n = max(1, SLOTS_AT_ONCE // slots[order[0]])
+        batches.append(order[:n])
+        order = order[n:]
     for first in parallel.progress(range(0, len(batches), parallel.size()), title):
         mine = first + parallel.rank()
         batch = batches[min(mine, len(batches) - 1)]  # FSDP: every process in every forward pass
@@ -172,6 +176,7 @@ def log_probs(model, examples, device, dtype, rows_at_once=ROWS_AT_ONCE, title=N
             logps = model(move(pack_rows([examples[i] for i in batch]), device))
         if mine < len(batches):
             result[batch] = logps.view(len(batch), -1)
+        give_back()
     parallel.end_inference(model)
     return parallel.total(result).cpu()
 
@@ -201,6 +206,7 @@ def sample_answers(model, prompts, ends, settings, device, dtype, title=None):
             )
         for i, y in zip(batch, sampled):
             answers[i, : len(y)] = torch.tensor(y, device=device) + 1
+        give_back()
     return [[id - 1 for id in y if id] for y in parallel.total(answers).tolist()]
 
 

@@ -54,3 +54,18 @@ def test_how_many_are_answered_at_once_follows_from_their_keys_and_values(finish
     assert batches() == [[1], [2], [0, 3]]
     monkeypatch.setattr(policy, "KEYS_AT_ONCE", 1)
     assert batches() == [[1], [2], [0], [3]]
+
+
+def test_how_many_answers_are_read_at_once_follows_from_their_tokens(finished, monkeypatch):
+    """Slots are counted as attention has them: each answer takes as many as the longest row."""
+    model, _ = load_model(finished / "policy.pt", CPU)
+    examples = [([1] * n, [[2] * 3, [2] * 2]) for n in (2, 9, 1, 7)]
+    read = lambda: policy.log_probs(model, examples, CPU, "float32")
+    packed, expected = [], read()
+    pack = policy.pack_rows
+    monkeypatch.setattr(policy, "pack_rows", lambda some: packed.append(len(some)) or pack(some))
+    for slots, sizes in ((2 * 2 * 12, [2, 2]), (2 * 2 * 12 - 1, [1, 2, 1]), (1, [1, 1, 1, 1])):
+        packed.clear()
+        monkeypatch.setattr(policy, "SLOTS_AT_ONCE", slots)
+        torch.testing.assert_close(read(), expected)
+        assert packed == sizes

@@ -9,7 +9,7 @@ import sys
 from statistics import mean
 
 from lib import export as export_room
-from lib import hf_weights, pretrained, score_model
+from lib import hf_weights, policy, pretrained, score_model
 from lib.chat import TEMPLATES
 from lib.hf_tokenizer import load_tokenizer
 from lib.policy import load_model, log_probs
@@ -399,13 +399,14 @@ ANSWERS = [
 @pytest.mark.parametrize(
     "head, bias", [("score_head", True), ("score_head", False), ("score", False)]
 )
-def test_scores_are_those_of_plain_transformers(head, bias, tmp_path):
+def test_scores_are_those_of_plain_transformers(head, bias, tmp_path, monkeypatch):
     score = make_judge(tmp_path, head, bias)
     model, examples = score_model.load_judge(tmp_path, TEMPLATES["beaver"], ANSWERS, CPU)
     expected = [score(f"BEGINNING OF CONVERSATION: USER: {x} ASSISTANT:", y) for x, y in ANSWERS]
     assert max(expected) - min(expected) > 0.1
-    for rows in (1, 2, 64):  # padding and batch mates change nothing
-        scores = log_probs(model, examples, CPU, "float32", rows)[:, 0].tolist()
+    for slots in (1, 100, 2**13):  # padding and batch mates change nothing
+        monkeypatch.setattr(policy, "SLOTS_AT_ONCE", slots)
+        scores = log_probs(model, examples, CPU, "float32")[:, 0].tolist()
         assert scores == pytest.approx(expected, abs=1e-4)
     how = TEMPLATES["beaver"], ANSWERS, CPU, "bfloat16"
     model, _ = score_model.load_judge(tmp_path, *how)
