@@ -370,9 +370,8 @@ def print_memory(config):
     if not config.lora_rank:
         base_dtype = "float32"
     pairs = make_pairs(replace(config, vocab_size=sizes.vocab_size))
-    plan = memory.Plan(
-        config.dtype, base_dtype, config.lora_rank, config.checkpointing, config.devices
-    )
+    how = config.dtype, base_dtype, config.lora_rank, config.checkpointing, config.devices
+    plan = memory.Plan(*how, device=torch.device(config.device).type)
     largest = data.largest_batch(pairs, config.micro_batch_size)
     need = memory.need(sizes, largest, [p.x for p in pairs], plan)
     print(memory.sentence(need, config.devices))

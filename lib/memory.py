@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from lib import lora, parallel, policy
-from lib.device import autocast
+from lib.device import MOST_FREE, autocast
 from lib.hf_weights import held_in, hold, hold_frozen
 from lib.sampling import Cache, sample
 
@@ -56,6 +56,7 @@ class Live(TorchDispatchMode):
 class Need(NamedTuple):
     """Bytes that one process needs at most, in training and in evaluation."""
 
+    program: float  # Python and its libraries, or a GPU's context; free parts of a CPU's heap
     weights: float  # its share
     state: float  # of gradients and of AdamW's two moments
     gathered: float  # FSDP: what it holds at once of the others' weights and gradients
@@ -63,7 +64,7 @@ class Need(NamedTuple):
     evaluation: float  # all
 
     def training(self):
-        return PROCESS + self.weights + self.state + self.gathered + self.micro_batch
+        return self.program + self.weights + self.state + self.gathered + self.micro_batch
 
 
 class Plan(NamedTuple):
@@ -75,6 +76,7 @@ class Plan(NamedTuple):
     checkpointing: bool = False
     shards: int = 1  # FSDP's processes
     max_new_tokens: int = 256
+    device: str = "cuda"
 
 
 def need(sizes, rows, prompts, plan):
@@ -96,12 +98,14 @@ def need(sizes, rows, prompts, plan):
     gathered = 0
     if plan.shards > 1:
         gathered = gathered_bytes(model, bytes_of(plan.dtype))
+    program = PROCESS + (MOST_FREE if plan.device == "cpu" else 0)
     return Need(
+        program,
         weights / plan.shards,
         12 * learning / plan.shards,
         gathered,
         micro_batch,
-        PROCESS + evaluation(sizes, prompts, plan),
+        program + evaluation(sizes, prompts, plan),
     )
 
 
@@ -188,7 +192,7 @@ def sentence(n, processes):
     told = " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items() if size)
     each = " a process" if processes > 1 else ""
     return (
-        f"memory, GB{each}: {told} + {PROCESS / 1e9:.1f} the program = {n.training() / 1e9:.1f}; "
+        f"memory, GB{each}: {told} + {n.program / 1e9:.1f} the program = {n.training() / 1e9:.1f}; "
         f"evaluation {n.evaluation / 1e9:.1f}"
     )
 
@@ -204,6 +208,7 @@ def tell(model, config, rows, prompts):
         config.checkpointing,
         parallel.size() if config.fsdp else 1,
         config.max_new_tokens,
+        torch.device(config.device).type,
     )
     n, device = need(model.config, rows, prompts, plan), torch.device(config.device)
     print(sentence(n, parallel.size()))

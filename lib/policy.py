@@ -16,7 +16,7 @@ import torch
 
 from model import ModelConfig, Transformer, move, pack_rows
 
-SLOTS_AT_ONCE = 2**13  # answers · tokens of the longest in one forward pass without a gradient
+SLOTS_AT_ONCE = 2**12  # answers · tokens of the longest in one forward pass without a gradient
 SAMPLES_AT_ONCE = 256  # prompts in one batch of samples
 KEYS_AT_ONCE = 2**30  # bytes of their keys and values
 
@@ -31,6 +31,7 @@ def load_model(path, device, dtype="float32"):
     dtype: of the matrices, by name; but adapters are float32. Where the checkpoint holds adapters
     the base is read from where it lies. ValueError if it is not the one with which they learned.
     """
+    give_back(most_free=0)  # what an earlier model took
     model, tokenizer = read_model(path, device)
     return hold(model, getattr(torch, dtype)).to(device).eval(), tokenizer
 

@@ -80,7 +80,7 @@ def test_a_run_is_told_what_it_needs_and_whether_it_is_there(capsys, monkeypatch
     assert said.startswith("memory, GB: 0.0 weights + ") and said.count("\n") == 1
     monkeypatch.setattr(memory, "there_is", lambda device: 1e8)
     memory.tell(net, TrainConfig(device="cpu", dtype="float32"), rows, [[1]])
-    assert "warning: that is 0.5 GB, and cpu has 0.1; a smaller" in capsys.readouterr().out
+    assert "warning: that is 1.0 GB, and cpu has 0.1; a smaller" in capsys.readouterr().out
 
 
 HEAP = """

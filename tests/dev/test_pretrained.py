@@ -404,7 +404,7 @@ def test_scores_are_those_of_plain_transformers(head, bias, tmp_path, monkeypatc
     model, examples = score_model.load_judge(tmp_path, TEMPLATES["beaver"], ANSWERS, CPU)
     expected = [score(f"BEGINNING OF CONVERSATION: USER: {x} ASSISTANT:", y) for x, y in ANSWERS]
     assert max(expected) - min(expected) > 0.1
-    for slots in (1, 100, 2**13):  # padding and batch mates change nothing
+    for slots in (1, 100, 2**12):  # padding and batch mates change nothing
         monkeypatch.setattr(policy, "SLOTS_AT_ONCE", slots)
         scores = log_probs(model, examples, CPU, "float32")[:, 0].tolist()
         assert scores == pytest.approx(expected, abs=1e-4)
