@@ -31,9 +31,10 @@ def load_model(path, device, dtype="float32"):
     dtype: of the matrices, by name; but adapters are float32. Where the checkpoint holds adapters
     the base is read from where it lies. ValueError if it is not the one with which they learned.
     """
-    give_back(most_free=0)  # what an earlier model took
     model, tokenizer = read_model(path, device)
-    return hold(model, getattr(torch, dtype)).to(device).eval(), tokenizer
+    model = hold(model, getattr(torch, dtype)).to(device).eval()
+    give_back(most_free=0)  # what an earlier model took, or this one's wider type
+    return model, tokenizer
 
 
 def read_model(path, device):
