@@ -10,6 +10,7 @@ import sys
 from dataclasses import field, fields
 from pathlib import Path
 
+from lib import parallel
 from lib.device import tune_cpu
 
 import torch
@@ -142,6 +143,7 @@ def run(main):
         finally:
             if sys.stdout:
                 sys.stdout.flush()
+        parallel.end()
     except BrokenPipeError as e:  # `| head` has read enough
         with open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), sys.stdout.fileno())

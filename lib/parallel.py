@@ -48,8 +48,15 @@ def leave():
     dist.barrier()  # nobody hangs up on a process that is still sending
     dist.destroy_process_group()
     if not first:
-        sys.stderr.flush()
-        # its work is done; a library's thread that outlives Python's end would abort the process
+        end()
+
+
+def end():
+    """End a process that torchrun started, its work done: a library's thread that outlives Python's
+    own end would abort it."""
+    if dist.is_torchelastic_launched():
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(0)
 
 

@@ -143,7 +143,7 @@ def alive(*_):
     print("alive", sum(ref() is not None for ref in refs))
     sys.stdout.flush()
     train.parallel.leave()
-    sys.exit()
+    train.parallel.end()
 train.make_optimizer, train.evaluate = noted, alive
 train.main()
 """
@@ -198,6 +198,7 @@ policy.generate = lambda model, prompts, *rest: asked.append(len(prompts)) or ge
 eval.evaluate(Path(sys.argv[1]), Settings(device="cpu", eval_prompts=24, max_new_tokens=12))
 print("asked", sum(asked), parallel.size())
 parallel.leave()
+parallel.end()
 """
 
 
@@ -244,6 +245,7 @@ assert all(isinstance(p, DTensor) for p in model.parameters())
 own = sum(p.to_local().numel() for p in model.parameters())
 assert 0.4 * whole < own < 0.6 * whole, (own, whole)
 parallel.leave()
+parallel.end()
 """
 
 
@@ -336,6 +338,7 @@ assert not any(gradients), "whole gradients, or copies of weights, outlive a mic
 if not mine:
     print("losses", *losses, "bytes", count.gathered / P / len(batches))
 parallel.leave()
+parallel.end()
 """
 
 
