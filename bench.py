@@ -1,24 +1,21 @@
-"""Speed and memory of train.py's own step, on random tokens with the lengths of PKU-SafeRLHF: one
-epoch, and the pass under the reference that comes before it.
+"""Speed and memory of train.py's own step, and of sampling: on random tokens with the lengths of
+PKU-SafeRLHF, or on your model and your pairs.
 
-    python bench.py --dtype bfloat16          matrix products in bf16
-    python bench.py --table                   how cost grows with pairs a step, lengths, vocabulary
+    python bench.py --dtype bfloat16          one epoch, and the pass under the reference before it
+    python bench.py --init_from Qwen2.5-1.5B-Instruct --data my_pairs --lora_rank 16
+                                              the same with your model, your pairs, and adapters
     python bench.py --vs trl                  in turns with TRL's DPOTrainer, on the same pairs
+    python bench.py --sampling --vs transformers
+                                              sampled answers, in turns with transformers' generate
+    python bench.py --table                   how cost grows with pairs, lengths, vocabulary, layers
     python bench.py --memory --init_from Qwen2.5-1.5B-Instruct --lora_rank 16
                                               what a run would need of memory; nothing is trained
 
-TRL gets its best settings: the reference's log-probabilities are computed ahead, and activations
-are kept unless --checkpointing. It is measured twice: a whole step at once, as it does by default,
-and pair by pair with the gradient accumulated, which pads less. What lib/device.py:keep_memory sets
-for our process is not set for TRL's (docs/speed.md says what it would gain); how threads wait
-(lib/__init__.py) is the same in both.
-
-Every measurement is a process of its own. "of matmul" is the share of the device's own rate of
-matrix products, measured between the steps. The work that is counted is what the algorithm needs:
-no padding, and nothing twice.
+Every measurement is a process of its own. The peers' settings are in lib/peers.py. "MFU" is model
+FLOPs utilization: the share of the device's own rate of large matrix products, measured between the
+steps. The work that is counted is what the algorithm needs: no padding, and nothing twice.
 """
 
-import contextlib
 import functools
 import importlib.util
 import math
@@ -26,17 +23,16 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
-import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from unittest import mock
 
-from lib import memory
-from lib.device import autocast, give_back, prepare, settle, tune_cpu
+from lib import checkpoint, hf_tokenizer, hub, initial, lora, memory, peers, policy
+from lib.device import autocast, clock, give_back, prepare, settle, tune_cpu
 from lib.flags import flag, like, parse, run
-from lib.policy import log_probs, sizes_of
+from lib.hf_weights import hold
 from lib.settings import SIZE_FLAGS, TrainConfig
+from lib.tokenizer import Tokenizer
 
 import numpy as np
 import torch
@@ -48,18 +44,32 @@ from model import ModelConfig, Transformer
 from safedpo import Pair
 
 WARM_UP = 2  # steps that are not timed
-TABLE = ("batch_size", "prompt_tokens", "answer_tokens", "vocab_size")  # each times 1, 2 and 4
+# each times 1, 2 and 4
+TABLE = ("batch_size", "prompt_tokens", "answer_tokens", "vocab_size", "n_layer")
 BETA, DELTA, LEARNING_RATE, GRAD_CLIP = 0.1, 10.0, 1e-6, 1.0
 
 
 @dataclass(frozen=True)
 class Config:
-    vs: str = flag(None, "also time this library", kind=str, choices=("trl",))
+    vs: str = flag(
+        None,
+        "also time this library; transformers: with --sampling",
+        kind=str,
+        choices=("trl", "transformers"),
+    )
+    sampling: bool = flag(False, "time sampled answers instead of training")
     table: bool = flag(False, "several sizes, one by one")
+    memory: bool = flag(False, "say what a run would need of memory, and do nothing else")
     rounds: int = flag(1, "measurements of each, in turns; the median counts", above=0)
     steps: int = flag(12, "steps of the epoch", above=WARM_UP)
-    prompt_tokens: float = flag(25.0, "mean length of prompts, log-normal", least=4)
-    answer_tokens: float = flag(80.0, "mean length of answers, log-normal", least=4)
+    init_from: str = like(TrainConfig, "init_from", "")
+    lora_rank: int = like(TrainConfig, "lora_rank", 0)
+    data: str = flag(
+        "", "pairs of this data, named as for train.py; left out: random ones", path=True
+    )
+    max_length: int = like(TrainConfig, "max_length", 512)
+    prompt_tokens: float = flag(25.0, "mean length of random prompts, log-normal", least=4)
+    answer_tokens: float = flag(80.0, "mean length of random answers, log-normal", least=4)
     n_layer: int = like(TrainConfig, "n_layer", 6)
     n_head: int = like(TrainConfig, "n_head", 6)
     n_kv_head: int = like(TrainConfig, "n_kv_head", 6)
@@ -68,30 +78,74 @@ class Config:
     vocab_size: int = like(TrainConfig, "vocab_size", 32000)
     batch_size: int = like(TrainConfig, "batch_size", 8)
     micro_batch_size: int = like(TrainConfig, "micro_batch_size", 2)
+    eval_prompts: int = flag(32, "with --sampling: prompts", above=0)
+    max_new_tokens: int = flag(128, "with --sampling: tokens of each answer", above=0)
     seed: int = like(TrainConfig, "seed", 0)
     device: str = like(TrainConfig, "device", "auto")
     dtype: str = like(TrainConfig, "dtype", "auto")
     compile: bool = like(TrainConfig, "compile", None)
     checkpointing: bool = like(TrainConfig, "checkpointing", False)
-    memory: bool = flag(False, "say what a run would need of memory, and do nothing else")
-    init_from: str = flag(
-        "", "with --memory: a Hugging Face folder or a checkpoint, instead of sizes", path=True
-    )
-    lora_rank: int = flag(0, "with --memory: rank of adapters; 0: the whole model", least=0)
     devices: int = flag(1, "with --memory: processes that share the model (--fsdp)", above=0)
 
 
+# --------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def sizes_of(c):
+    """ModelConfig of --init_from, or of the size flags."""
+    if c.init_from:
+        return policy.sizes_of(c.init_from)[0]
+    return ModelConfig(**{name: getattr(c, name) for name in SIZE_FLAGS}, tied_head=True)
+
+
+def make_model(c, device):
+    if c.init_from:
+        shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(c)}
+        settings = TrainConfig(**{name: getattr(c, name) for name in shared})
+        return initial.initial_model(settings, device)[0]
+    model = Transformer(sizes_of(c)).to(device)
+    if c.lora_rank:
+        lora.add(model, c.lora_rank, 2.0 * c.lora_rank, c.seed)
+    return model
+
+
 def make_pairs(c):
-    """TokenPairs: c.steps · c.batch_size pairs of random token ids, with log-normal lengths.
+    """c.steps · c.batch_size pairs of token ids: of an epoch over --data, or random ones."""
+    if not c.data:
+        return random_pairs(c)
+    split = data.load(c.data)["train"]
+    pairs = data.held_out_pairs(split, tokenizer_of(c), c.max_length)
+    order = data.epoch_order(len(pairs), c.seed, 0)[: c.steps * c.batch_size]
+    return [pairs[i] for i in order.tolist()]
+
+
+def make_prompts(c):
+    """c.eval_prompts prompts, token ids."""
+    if not c.data:
+        return [pair.x for pair in random_pairs(replace(c, steps=1, batch_size=c.eval_prompts))]
+    split = data.load(c.data)["test"]
+    return list(data.prompts(split, tokenizer_of(c), c.max_length, c.eval_prompts).values())
+
+
+def tokenizer_of(c):
+    source = hub.model_path(c.init_from)
+    if file := policy.our_checkpoint(source):
+        return Tokenizer(**checkpoint.load(file)["tokenizer"])
+    return hf_tokenizer.load_tokenizer(source, None)
+
+
+def random_pairs(c):
+    """Pairs of random token ids, with log-normal lengths.
 
     Every answer ends in token 1, and every second loser is unsafe.
     """
-    rng = np.random.default_rng(c.seed)
+    rng, vocab_size = np.random.default_rng(c.seed), sizes_of(c).vocab_size
 
     def ids(mean, spread):
         length = rng.lognormal(math.log(mean) - spread**2 / 2, spread)
         length = np.clip(round(length), 4, 5 * mean)
-        return rng.integers(2, c.vocab_size, int(length)).tolist()
+        return rng.integers(2, vocab_size, int(length)).tolist()
 
     pairs = []
     for i in range(c.steps * c.batch_size):
@@ -99,17 +153,17 @@ def make_pairs(c):
         y_w = ids(c.answer_tokens, 0.6) + [1]
         y_l = ids(c.answer_tokens, 0.6) + [1]
         pairs.append(Pair(x, y_w, y_l, 0, i % 2))
-    return data.TokenPairs(pairs)
+    return pairs
 
 
-def operations(c, pairs):
+def operations(sizes, pairs):
     """Multiplications and additions of one forward pass over all pairs, each prompt once.
 
     A matrix product has two for every weight and token. Attention adds four for every layer, every
     number of a query, and every key that the query sees: two for its score, two for its value.
     """
-    d_head = c.d_model // c.n_head
-    block = c.d_model * (2 * c.d_model + 2 * c.n_kv_head * d_head + 3 * c.d_ff)  # weights
+    c, queries = sizes, sizes.n_head * sizes.d_head
+    block = c.d_model * (2 * queries + 2 * c.n_kv_head * c.d_head + 3 * c.d_ff)  # weights
     prompt_tokens = sum(len(p.x) for p in pairs)
     answer_tokens = sum(len(p.y_w) + len(p.y_l) for p in pairs)
     keys_seen = 0
@@ -119,14 +173,7 @@ def operations(c, pairs):
             keys_seen += len(y) * (len(p.x) + len(y) / 2)
     blocks = c.n_layer * block * (prompt_tokens + answer_tokens)
     head = c.vocab_size * c.d_model * answer_tokens
-    return 2 * (blocks + head) + 4 * c.n_layer * c.d_model * keys_seen
-
-
-def clock(device):
-    """Seconds, once all work on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return 2 * (blocks + head) + 4 * c.n_layer * queries * keys_seen
 
 
 def matmul_rate(device, dtype):
@@ -143,11 +190,15 @@ def matmul_rate(device, dtype):
 def peak_memory(device):
     """Gigabytes: on CUDA the most that tensors took, on a CPU the most that the process took."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# --------------------------------------------------------------------------------------------------
+# Measurements
 
 
 def report(c, pairs, reference_time, step_times, **more):
@@ -155,7 +206,7 @@ def report(c, pairs, reference_time, step_times, **more):
 
     A step takes the mean of step_times, without the first ones.
     """
-    seconds = reference_time + c.steps * statistics.mean(step_times[WARM_UP:])
+    seconds = reference_time + len(step_times) * statistics.mean(step_times[WARM_UP:])
     tokens = sum(len(p.x) + len(p.y_w) + len(p.y_l) for p in pairs)
     return {
         "pairs/s": len(pairs) / seconds,
@@ -166,19 +217,19 @@ def report(c, pairs, reference_time, step_times, **more):
     }
 
 
-def ours(c):
+def ours(c, pairs):
     """The figures of train.py's step."""
     tune_cpu()
     torch.manual_seed(c.seed)
-    device, pairs = torch.device(c.device), make_pairs(c)
-    sizes = {name: getattr(c, name) for name in SIZE_FLAGS}
-    model = prepare(Transformer(ModelConfig(**sizes, tied_head=True)).to(device), c)
+    device, steps = torch.device(c.device), data.steps_per_epoch(pairs, c.batch_size)
+    model = prepare(make_model(c, device), c)
+    pairs = data.TokenPairs(pairs)
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
     if c.compile:
         # compiling is no part of an epoch
-        log_probs(model, data.Examples([pairs[0]]), device, c.dtype)
+        policy.log_probs(model, data.Examples([pairs[0]]), device, c.dtype)
     start = clock(device)
-    ref = log_probs(model, data.Examples(pairs), device, c.dtype)
+    ref = policy.log_probs(model, data.Examples(pairs), device, c.dtype)
     reference_time = clock(device) - start
     optimizer = train.make_optimizer(model, 0.0, train.TrainConfig.beta2)
     for group in optimizer.param_groups:
@@ -187,7 +238,7 @@ def ours(c):
     loss, precision = train.preference_loss(BETA, DELTA), autocast(device, c.dtype)
     for batches in data.prefetch(
         data.step_batches(pairs, s, c.batch_size, c.micro_batch_size, c.seed, ref)
-        for s in range(c.steps)
+        for s in range(steps)
     ):
         start = clock(device)
         train.train_step(model, optimizer, scaler, batches, loss, GRAD_CLIP, precision)
@@ -195,118 +246,58 @@ def ours(c):
         times.append(clock(device) - start)
         rates.append(matmul_rate(device, getattr(torch, c.dtype)))
     figures = report(c, pairs, reference_time, times)
-    work = 4 * operations(c, pairs)  # reference, forward, and backward, which counts as two
-    share = work / figures["s"] / statistics.mean(rates)
-    return {**figures, "share": share, "parameters": sum(p.numel() for p in model.parameters())}
+    # reference, forward, and backward, which counts as two where W has a gradient of its own; what
+    # adapters add is not counted
+    work = (3 if c.lora_rank else 4) * operations(model.config, pairs)
+    return {**figures, "MFU": work / figures["s"] / statistics.mean(rates)}
 
 
-def trl_trainer(model, pairs, c, **settings):
-    """TRL's DPOTrainer on pairs of token ids, after its pass under the reference.
-
-    trainer.reference_time: seconds of that pass. trainer.clock.times: when training began, and when
-    each step ended. settings: of DPOConfig.
-    """
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    device = torch.device(c.device)
-
-    class TimedTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset  # token ids already
-
-        def _precompute_ref_logps(self, *args):
-            start = clock(device)
-            dataset = super()._precompute_ref_logps(*args)
-            self.reference_time = clock(device) - start
-            return dataset
-
-    class StepClock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            self.times = [clock(device)]
-
-        def on_step_end(self, *_, **__):
-            self.times.append(clock(device))
-
-    config = DPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=c.steps,
-        max_length=None,
-        lr_scheduler_type="constant",
-        precompute_ref_log_probs=True,
-        gradient_checkpointing=c.checkpointing,
-        bf16=c.dtype == "bfloat16",
-        fp16=c.dtype == "float16",
-        use_cpu=c.device == "cpu",
-        seed=c.seed,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        dataloader_pin_memory=c.device != "cpu",
-        **settings,
-    )
-    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>"
-    )
-    rows = [{"prompt_ids": p.x, "chosen_ids": p.y_w, "rejected_ids": p.y_l} for p in pairs]
-    step_clock = StepClock()
-    trainer = TimedTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[step_clock],
-    )
-    trainer.clock = step_clock
-    return trainer
-
-
-def trl(c, at_once):
-    """The figures of TRL on the same epoch, at_once pairs at once, with a Llama of these sizes."""
-    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-    warnings.simplefilter("ignore")  # of settings that TRL or transformers will rename
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def our_samples(c, prompts):
+    """The figures of sampling as evaluation does it: weights in the type of their products."""
+    tune_cpu()
     torch.manual_seed(c.seed)
-    pairs = make_pairs(c)
-    llama = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.d_model,
-        intermediate_size=c.d_ff,
-        num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
+    device, settings = torch.device(c.device), TrainConfig(max_new_tokens=c.max_new_tokens)
+    model = hold(make_model(c, device), getattr(torch, c.dtype)).eval()
+    sample = functools.partial(
+        policy.sample_answers, model, ends=[-1], settings=settings, device=device, dtype=c.dtype
     )
-    trainer = trl_trainer(
-        LlamaForCausalLM(llama),
-        pairs,
-        c,
-        beta=BETA,
-        learning_rate=LEARNING_RATE,
-        per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=c.batch_size // at_once,
-    )
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        trainer.train()
-    return report(c, pairs, trainer.reference_time, np.diff(trainer.clock.times).tolist())
+    sample(prompts[:1])  # what happens only once
+    start = clock(device)
+    answers = sample(prompts)
+    return sampled(c, answers, clock(device) - start)
+
+
+def sampled(c, answers, seconds):
+    """The figures of sampling."""
+    tokens = sum(map(len, answers))
+    return {"tokens/s": tokens / seconds, "GB": peak_memory(torch.device(c.device)), "s": seconds}
+
+
+def trl(c, pairs, at_once):
+    """The figures of TRL's step on the same pairs, at_once at once."""
+    settings = dict(beta=BETA, learning_rate=LEARNING_RATE)
+    pairs = [pairs[i] for i in data.epoch_order(len(pairs), c.seed, 0).tolist()]
+    reference_time, times = peers.trl_times(
+        c, sizes_of(c), pairs, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=c.batch_size // at_once, **settings,
+    )  # fmt: skip
+    return report(c, pairs, reference_time, times)
+
+
+def transformers(c, prompts):
+    """The figures of transformers' sampling."""
+    return sampled(c, *peers.transformers_samples(c, sizes_of(c), prompts))
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
 
-def in_own_process(measure, c):
-    """measure(c) in a new process, so that peak memory is of this measurement alone."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(measure, c).result()
+def in_own_process(measure, c, work, environment=None):
+    """measure(c, work) in a new process, so that peak memory is of this measurement alone."""
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment or {}), ProcessPoolExecutor(1, spawn) as process:
+        return process.submit(measure, c, work).result()
 
 
 def medians(results):
@@ -314,10 +305,20 @@ def medians(results):
     return {name: statistics.median(r[name] for r in results) for name in results[0]}
 
 
+COLUMNS = {  # figure → heading, and how it is written
+    "pairs/s": ("pairs/s", "{:.2f}"),
+    "tokens/s": ("tokens/s", "{:.0f}"),
+    "MFU": ("MFU", "{:.0%}"),
+    "GB": ("peak GB", "{:.2f}"),
+}
+
+
 def print_line(name, figures):
-    share = f"{100 * figures['share']:9.0f} %" if "share" in figures else f"{'–':>11}"
-    rates = f"{figures['pairs/s']:9.2f}{figures['tokens/s']:11.0f}"
-    print(f"{name:<34}{rates}{share}{figures['GB']:9.2f}", flush=True)
+    cells = (
+        form.format(figures[figure]) if figure in figures else "–"
+        for figure, (_, form) in COLUMNS.items()
+    )
+    print(f"{name:<34}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
 def print_table(config):
@@ -328,77 +329,86 @@ def print_table(config):
             value = type(value)(value * factor)
             changes = {name: value}
             if name == "batch_size":
-                changes["micro_batch_size"] = value
+                changes["micro_batch_size"] = config.micro_batch_size * factor
             changed = replace(config, **changes)
-            results = [in_own_process(ours, changed) for _ in range(config.rounds)]
+            pairs = make_pairs(changed)
+            results = [in_own_process(ours, changed, pairs) for _ in range(config.rounds)]
             print_line(f"{name} {value:g}", medians(results))
 
 
 def print_comparison(config):
-    """Our line, and with --vs trl two of TRL's: a whole step at once, and pair by pair."""
-    peers = {}
-    if config.vs:
+    """Our line, and those of --vs. TRL has two: a whole step at once, and pair by pair."""
+    measures = {"ours": our_samples if config.sampling else ours}
+    if config.vs == "transformers":
+        measures["transformers"] = transformers
+    if config.vs == "trl":
         for n in (config.batch_size, 1):
-            peers[f"trl, {n} at once"] = functools.partial(trl, at_once=n)
-    measures = {"ours": ours, **peers}
-    results = {name: [] for name in measures}
+            measures[f"trl, {n} at once"] = functools.partial(trl, at_once=n)
+    work, results = (
+        (make_prompts if config.sampling else make_pairs)(config),
+        {name: [] for name in measures},
+    )
     for _ in range(config.rounds):
         for name, measure in measures.items():
-            results[name].append(in_own_process(measure, config))
+            theirs = {} if name == "ours" else peers.ENVIRONMENT
+            results[name].append(in_own_process(measure, config, work, theirs))
     for name in measures:
         print_line(name, medians(results[name]))
-    for name in peers:
-        ratios = medians(
-            [
-                {figure: a[figure] / b[figure] for figure in ("pairs/s", "GB")}
-                for a, b in zip(results["ours"], results[name])
-            ]
-        )
+    for name in list(measures)[1:]:
+        rounds = zip(results["ours"], results[name])
+        ratios = medians([{f: a[f] / b[f] for f in ("tokens/s", "GB")} for a, b in rounds])
         print(
-            f"{ratios['pairs/s']:.1f} times the pairs a second of {name}, "
+            f"{ratios['tokens/s']:.2f} times the tokens a second of {name}, "
             f"in {ratios['GB']:.2f} of its memory"
         )
 
 
 def print_memory(config):
-    """What a run would need with pairs of these lengths, and answers of at most 256 tokens."""
-    if config.init_from:
-        sizes, base_dtype = sizes_of(config.init_from)
-    else:
-        sizes, base_dtype = {name: getattr(config, name) for name in SIZE_FLAGS}, config.dtype
-        sizes = ModelConfig(**sizes)
-    if not config.lora_rank:
-        base_dtype = "float32"
-    pairs = make_pairs(replace(config, vocab_size=sizes.vocab_size))
+    """What a run would need with pairs of these lengths, and answers of so many tokens."""
+    base_dtype = config.dtype if config.lora_rank else "float32"
+    if config.init_from and config.lora_rank:
+        _, base_dtype = policy.sizes_of(config.init_from)
+    pairs = make_pairs(config)
     how = config.dtype, base_dtype, config.lora_rank, config.checkpointing, config.devices
-    plan = memory.Plan(*how, device=torch.device(config.device).type)
-    largest = data.largest_batch(pairs, config.micro_batch_size)
-    need = memory.need(sizes, largest, [p.x for p in pairs], plan)
+    device = torch.device(config.device).type
+    plan = memory.Plan(*how, max_new_tokens=config.max_new_tokens, device=device)
+    largest = data.largest_batch(data.TokenPairs(pairs), config.micro_batch_size)
+    need = memory.need(sizes_of(config), largest, [p.x for p in pairs], plan)
     print(memory.sentence(need, config.devices))
 
 
-def main(argv=None):
-    given = parse(Config, argv, __doc__)
-    config = settle(Config(**given))
+def refuse(given, config):
+    """ValueError if a flag would do nothing, or a library is missing."""
     if is_torchelastic_launched():
         raise ValueError(
             "torchrun starts this once a process, and each would measure alone; "
             "expected python bench.py"
         )
-    if config.vs and config.table:
-        raise ValueError(f"--table measures this code alone; leave it out, or --vs {config.vs}")
+    if config.vs and (config.table or config.memory):
+        raise ValueError("--table and --memory are of this code alone; leave --vs out")
+    if (config.vs == "transformers") != (config.sampling and bool(config.vs)):
+        raise ValueError("--vs trl compares training, and --vs transformers needs --sampling")
+    if config.data and not config.init_from:
+        raise ValueError(f"--data {config.data}: needs --init_from, whose tokenizer reads it")
     if config.vs and not importlib.util.find_spec(config.vs):
         raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
+    for name, needed in (("devices", "memory"), ("eval_prompts", "sampling")):
+        if name in given and not getattr(config, needed):
+            raise ValueError(f"--{name} {given[name]}: acts with --{needed} only")
+
+
+def main(argv=None):
+    given = parse(Config, argv, __doc__)
+    config = settle(Config(**given))
+    refuse(given, config)
     if config.memory:
         return print_memory(config)
-    for name in ("init_from", "lora_rank", "devices"):
-        if name in given:
-            raise ValueError(f"--{name} {given[name]}: acts with --memory only")
+    sizes = sizes_of(config)
     print(
-        f"{config.n_layer} layers of {config.d_model}, vocabulary {config.vocab_size}, "
+        f"{sizes.n_layer} layers of {sizes.d_model}, vocabulary {sizes.vocab_size}, "
         f"{config.dtype}, {config.device}, {torch.get_num_threads()} threads"
     )
-    print(f"{'':34}{'pairs/s':>9}{'tokens/s':>11}{'of matmul':>11}{'peak GB':>9}")
+    print(f"{'':34}" + "".join(f"{heading:>11}" for heading, _ in COLUMNS.values()))
     if config.table:
         print_table(config)
     else:

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import time
 from dataclasses import replace
 
 from lib.hf_weights import hold_frozen
@@ -56,6 +57,13 @@ def prepare(model, config):
         for block in model.blocks:
             block.compile(dynamic=True)  # in place: parameters keep their names
     return model
+
+
+def clock(device):
+    """Seconds, once all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def tune_cpu():

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from lib import peers
 from lib.device import autocast
 from lib.policy import log_probs
 
@@ -13,7 +14,6 @@ import torch
 from conftest import ROOT
 from test_peers import EOS, both, copy_weights
 
-import bench
 import data
 import train
 from safedpo import Pair
@@ -45,7 +45,7 @@ def token_pairs(n=8):
 def test_five_steps_equal_trls(delta):
     net, peer = both()
     pairs = token_pairs()
-    trainer = bench.trl_trainer(
+    trainer = peers.trl_trainer(
         peer, pairs, Sizes(), beta=BETA, per_device_train_batch_size=len(pairs), **ADAMW
     )
     # TRL has no Δ. A reference that gives the winner (h_l − h_w)·Δ/β nats more has the same logits.
