@@ -27,12 +27,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from unittest import mock
 
-from lib import checkpoint, hf_tokenizer, hub, initial, lora, memory, peers, policy
+from lib import initial, lora, memory, peers, policy
 from lib.device import autocast, clock, give_back, prepare, settle, tune_cpu
 from lib.flags import flag, like, parse, run
-from lib.hf_weights import hold
 from lib.settings import SIZE_FLAGS, TrainConfig
-from lib.tokenizer import Tokenizer
 
 import numpy as np
 import torch
@@ -85,6 +83,9 @@ class Config:
     dtype: str = like(TrainConfig, "dtype", "auto")
     compile: bool = like(TrainConfig, "compile", None)
     checkpointing: bool = like(TrainConfig, "checkpointing", False)
+    trl_batch_size: int = flag(
+        1, "with --vs trl: its pairs at once; on a CPU one by one is its best", above=0
+    )
     devices: int = flag(1, "with --memory: processes that share the model (--fsdp)", above=0)
 
 
@@ -95,7 +96,7 @@ class Config:
 def sizes_of(c):
     """ModelConfig of --init_from, or of the size flags."""
     if c.init_from:
-        return policy.sizes_of(c.init_from)[0]
+        return initial.facts(c.init_from)[0]
     return ModelConfig(**{name: getattr(c, name) for name in SIZE_FLAGS}, tied_head=True)
 
 
@@ -106,7 +107,7 @@ def make_model(c, device):
         return initial.initial_model(settings, device)[0]
     model = Transformer(sizes_of(c)).to(device)
     if c.lora_rank:
-        lora.add(model, c.lora_rank, 2.0 * c.lora_rank, c.seed)
+        lora.add(model, c.lora_rank, lora.usual_alpha(c.lora_rank), c.seed)
     return model
 
 
@@ -115,7 +116,7 @@ def make_pairs(c):
     if not c.data:
         return random_pairs(c)
     split = data.load(c.data)["train"]
-    pairs = data.held_out_pairs(split, tokenizer_of(c), c.max_length)
+    pairs = data.held_out_pairs(split, initial.tokenizer_of(c.init_from), c.max_length)
     order = data.epoch_order(len(pairs), c.seed, 0)[: c.steps * c.batch_size]
     return [pairs[i] for i in order.tolist()]
 
@@ -125,14 +126,11 @@ def make_prompts(c):
     if not c.data:
         return [pair.x for pair in random_pairs(replace(c, steps=1, batch_size=c.eval_prompts))]
     split = data.load(c.data)["test"]
-    return list(data.prompts(split, tokenizer_of(c), c.max_length, c.eval_prompts).values())
-
-
-def tokenizer_of(c):
-    source = hub.model_path(c.init_from)
-    if file := policy.our_checkpoint(source):
-        return Tokenizer(**checkpoint.load(file)["tokenizer"])
-    return hf_tokenizer.load_tokenizer(source, None)
+    return list(
+        data.prompts(
+            split, initial.tokenizer_of(c.init_from), c.max_length, c.eval_prompts
+        ).values()
+    )
 
 
 def random_pairs(c):
@@ -248,7 +246,8 @@ def ours(c, pairs):
     figures = report(c, pairs, reference_time, times)
     # reference, forward, and backward, which counts as two where W has a gradient of its own; what
     # adapters add is not counted
-    work = (3 if c.lora_rank else 4) * operations(model.config, pairs)
+    is_frozen = not model.blocks[0].mlp.down.weight.requires_grad
+    work = (3 if is_frozen else 4) * operations(model.config, pairs)
     return {**figures, "MFU": work / figures["s"] / statistics.mean(rates)}
 
 
@@ -257,11 +256,11 @@ def our_samples(c, prompts):
     tune_cpu()
     torch.manual_seed(c.seed)
     device, settings = torch.device(c.device), TrainConfig(max_new_tokens=c.max_new_tokens)
-    model = hold(make_model(c, device), getattr(torch, c.dtype)).eval()
+    model = policy.for_inference(make_model(c, device), device, c.dtype)
     sample = functools.partial(
         policy.sample_answers, model, ends=[-1], settings=settings, device=device, dtype=c.dtype
     )
-    sample(prompts[:1])  # what happens only once
+    sample(prompts[:1], settings=replace(settings, max_new_tokens=2))  # what happens only once
     start = clock(device)
     answers = sample(prompts)
     return sampled(c, answers, clock(device) - start)
@@ -273,9 +272,9 @@ def sampled(c, answers, seconds):
     return {"tokens/s": tokens / seconds, "GB": peak_memory(torch.device(c.device)), "s": seconds}
 
 
-def trl(c, pairs, at_once):
-    """The figures of TRL's step on the same pairs, at_once at once."""
-    settings = dict(beta=BETA, learning_rate=LEARNING_RATE)
+def trl(c, pairs):
+    """The figures of TRL's step on the same pairs, in the same order."""
+    settings, at_once = dict(beta=BETA, learning_rate=LEARNING_RATE), c.trl_batch_size
     pairs = [pairs[i] for i in data.epoch_order(len(pairs), c.seed, 0).tolist()]
     reference_time, times = peers.trl_times(
         c, sizes_of(c), pairs, per_device_train_batch_size=at_once,
@@ -337,13 +336,10 @@ def print_table(config):
 
 
 def print_comparison(config):
-    """Our line, and those of --vs. TRL has two: a whole step at once, and pair by pair."""
+    """Our line, that of --vs, and the ratios."""
     measures = {"ours": our_samples if config.sampling else ours}
-    if config.vs == "transformers":
-        measures["transformers"] = transformers
-    if config.vs == "trl":
-        for n in (config.batch_size, 1):
-            measures[f"trl, {n} at once"] = functools.partial(trl, at_once=n)
+    if config.vs:
+        measures[config.vs] = {"trl": trl, "transformers": transformers}[config.vs]
     work, results = (
         (make_prompts if config.sampling else make_pairs)(config),
         {name: [] for name in measures},
@@ -364,17 +360,38 @@ def print_comparison(config):
 
 
 def print_memory(config):
-    """What a run would need with pairs of these lengths, and answers of so many tokens."""
-    base_dtype = config.dtype if config.lora_rank else "float32"
-    if config.init_from and config.lora_rank:
-        _, base_dtype = policy.sizes_of(config.init_from)
-    pairs = make_pairs(config)
-    how = config.dtype, base_dtype, config.lora_rank, config.checkpointing, config.devices
-    device = torch.device(config.device).type
-    plan = memory.Plan(*how, max_new_tokens=config.max_new_tokens, device=device)
-    largest = data.largest_batch(data.TokenPairs(pairs), config.micro_batch_size)
-    need = memory.need(sizes_of(config), largest, [p.x for p in pairs], plan)
+    """What a run would need with such pairs and flags."""
+    rank, base_dtype, sizes = config.lora_rank, config.dtype, sizes_of(config)
+    if config.init_from:
+        _, base_dtype, own_rank = initial.facts(config.init_from)
+        rank = own_rank or rank
+    base_dtype = base_dtype if rank else "float32"
+    pairs, n = data.TokenPairs(make_pairs(config)), config.micro_batch_size
+    largest, most = data.largest_batch(pairs, n), config.max_new_tokens
+    how = config.dtype, base_dtype, rank, config.checkpointing, config.devices, most
+    plan = memory.Plan(*how, device=torch.device(config.device).type)
+    need = memory.need(sizes, largest, [p.x for p in pairs], plan)
+    print(
+        f"micro-batches of at most {len(largest.tokens)} tokens, those of the {n} largest pairs; "
+        f"sampled answers of at most {most}"
+    )
     print(memory.sentence(need, config.devices))
+
+
+IDLE = {  # flag → flags that do nothing beside it
+    "memory": ("table", "sampling", "vs", "rounds"),
+    "table": ("sampling", "vs", "init_from"),
+    "init_from": SIZE_FLAGS,
+    "data": ("prompt_tokens", "answer_tokens"),
+    "sampling": ("steps", "batch_size", "micro_batch_size", "checkpointing", "answer_tokens"),
+}
+NEEDS = {  # flag → the flag without which it does nothing
+    "data": "init_from",
+    "max_length": "data",
+    "devices": "memory",
+    "eval_prompts": "sampling",
+    "trl_batch_size": "vs",
+}
 
 
 def refuse(given, config):
@@ -384,17 +401,17 @@ def refuse(given, config):
             "torchrun starts this once a process, and each would measure alone; "
             "expected python bench.py"
         )
-    if config.vs and (config.table or config.memory):
-        raise ValueError("--table and --memory are of this code alone; leave --vs out")
-    if (config.vs == "transformers") != (config.sampling and bool(config.vs)):
+    for name, others in IDLE.items():
+        for other in others:
+            if getattr(config, name) and other in given:
+                raise ValueError(f"--{other} does nothing with --{name}; leave one of them out")
+    for name, needed in NEEDS.items():
+        if name in given and not getattr(config, needed):
+            raise ValueError(f"--{name} does nothing without --{needed}")
+    if config.vs and (config.vs == "transformers") != config.sampling:
         raise ValueError("--vs trl compares training, and --vs transformers needs --sampling")
-    if config.data and not config.init_from:
-        raise ValueError(f"--data {config.data}: needs --init_from, whose tokenizer reads it")
     if config.vs and not importlib.util.find_spec(config.vs):
         raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
-    for name, needed in (("devices", "memory"), ("eval_prompts", "sampling")):
-        if name in given and not getattr(config, needed):
-            raise ValueError(f"--{name} {given[name]}: acts with --{needed} only")
 
 
 def main(argv=None):

@@ -95,6 +95,7 @@ class Rows(NamedTuple):
     predictor: torch.Tensor  # (N,) which of the T tokens predicts the n-th answer token
     target: torch.Tensor  # (N,) the n-th answer token
     answer: torch.Tensor  # (N,) which of the A answers it belongs to
+    lengths: list  # of the A sequences, without their padding
     answers: int  # A
 
 
@@ -115,7 +116,7 @@ def pack_rows(examples):
     (tensor([1, 2, 1]), tensor([13, 14, 15]), tensor([0, 0, 1]))
     """
     L = max(len(x) + len(y) for x, answers in examples for y in answers)
-    tokens, position, sequences, slot, predictor, target, answer = ([] for _ in range(7))
+    tokens, position, sequences, slot, predictor, target, answer, lengths = ([] for _ in range(8))
     numbers = {}  # {(number of the token before, token): its number}
     for x, answers in examples:
         for y in answers:
@@ -131,8 +132,23 @@ def pack_rows(examples):
             target += y
             answer += [len(sequences)] * len(y)
             sequences.append(sequence + [0] * (L - len(sequence)))
+            lengths.append(len(sequence))
     columns = (tokens, position, sequences, slot, predictor, target, answer)
-    return Rows(*map(torch.tensor, columns), len(sequences))
+    return Rows(*map(torch.tensor, columns), lengths, len(sequences))
+
+
+def without_padding(rows):
+    """([sequence (1, length), …], slot) of rows: each sequence alone, and where among all of their
+    tokens each of the T stands.
+
+    >>> without_padding(pack_rows([([11, 12], [[13, 14], [15]])]))  # slot 4: behind 0 1 2 3, 0 1
+    ([tensor([[0, 1, 2, 3]]), tensor([[0, 1, 4]])], tensor([0, 1, 2, 3, 6]))
+    """
+    L = rows.sequences.shape[1]
+    padding = L - torch.tensor(rows.lengths)
+    before = padding.cumsum(0) - padding  # in the sequences before each
+    sequences = [s[None, :n] for s, n in zip(rows.sequences, rows.lengths)]
+    return sequences, rows.slot - before[rows.slot // L]
 
 
 def without_answers(rows):
@@ -175,11 +191,14 @@ def rotate(x, cos, sin):
 def attend(q, k, v, visible):
     """Attention of q (A, heads, L, D) to k and v, which may have fewer heads: (A, heads, L, D). It
     is causal where visible is None."""
-    if visible is None:
-        q, k, v = widened(q), widened(k), widened(v)
-    settings = dict(is_causal=visible is None, enable_gqa=k.shape[1] < q.shape[1])
+    if visible is not None:  # one query: those that share a head of keys are rows of one matrix
+        folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        return F.scaled_dot_product_attention(folded, k, v, visible).view_as(q)
+    q, k, v = widened(q), widened(k), widened(v)
     with torch.autocast("cpu", enabled=False):  # it would narrow them again
-        return F.scaled_dot_product_attention(q, k, v, visible, **settings)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1]
+        )
 
 
 def widened(x):
@@ -197,7 +216,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=False)
 
     def forward(self, x, rotary, sequences, slot, visible=None, cache=None):
-        """x (T, d) → (T, d). sequences (A, L), slot (T,): see Rows; rotary: see Transformer.rotary.
+        """x (T, d) → (T, d). sequences [(A, L), …], slot (T,): see Transformer.hidden; rotary: see
+        Transformer.rotary.
 
         In the example of `pack_rows`, T = 5 tokens are gathered into A = 2 sequences of L = 4, and
         of the 8 outputs the 5 in `slot` are taken back: 0 1 2 3 of the first sequence and 2 of the
@@ -213,13 +233,14 @@ class Attention(nn.Module):
             q, k = qk.split((self.n_head, self.n_kv_head), 1)
             qk = torch.cat((q_norm(q), k_norm(k)), 1)
         qkv = torch.cat((rotate(qk, *rotary), v), 1)
-        qkv = qkv.index_select(0, sequences.flatten()).unflatten(0, sequences.shape)
-        heads = self.n_head, self.n_kv_head, self.n_kv_head
-        q, k, v = qkv.transpose(1, 2).split(heads, 1)  # (A, heads, L, D)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        y = attend(q, k, v, visible).transpose(1, 2).flatten(0, 1)  # (A·L, heads, D)
-        return self.out(y.index_select(0, slot).flatten(1))
+        gathered = qkv.index_select(0, torch.cat([s.flatten() for s in sequences]))
+        heads, y = (self.n_head, self.n_kv_head, self.n_kv_head), []
+        for part, s in zip(gathered.split([s.numel() for s in sequences]), sequences):
+            q, k, v = part.unflatten(0, s.shape).transpose(1, 2).split(heads, 1)  # (A, heads, L, D)
+            if cache is not None:
+                k, v = cache.extend(k, v)
+            y.append(attend(q, k, v, visible).transpose(1, 2).flatten(0, 1))  # (A·L, heads, D)
+        return self.out(torch.cat(y).index_select(0, slot).flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -254,6 +275,7 @@ class Transformer(nn.Module):
         self.checkpointing = (
             False  # True: a block's inner values are computed again in the backward pass, not kept
         )
+        self.compiled = False  # whether its blocks are
         self.adapters = None  # what is known of those on it: see lib/policy.py
         self.tie()
         self.apply(self._init)
@@ -271,16 +293,25 @@ class Transformer(nn.Module):
 
     def forward(self, rows):
         """log π(y | x) of every answer: (A,) float32, nats, summed over the answer's tokens."""
-        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.slot)
+        hidden = self.hidden(rows.tokens, rows.position, *self.attended(rows))
         logps = TokenLogps.apply(hidden[rows.predictor], self.head.weight, rows.target)
         return logps.new_zeros(rows.answers).index_add(0, rows.answer, logps)
 
-    def hidden(self, tokens, position, sequences, slot, visible=None, caches=None):
-        """tokens, position, slot (T,), sequences (A, L) → states after the last norm, (T, d).
+    def attended(self, rows):
+        """(sequences, slot) of rows, see `hidden`. A CPU takes sequences one by one; all together,
+        with their padding, they are one call for a GPU, and one graph for a compiled block."""
+        if rows.tokens.device.type == "cpu" and not self.compiled:
+            return without_padding(rows)
+        return [rows.sequences], rows.slot
 
+    def hidden(self, tokens, position, sequences, slot, visible=None, caches=None):
+        """tokens, position (T,) → states after the last norm, (T, d).
+
+        sequences [(A, L), …]: which tokens attention sees, in groups of one length each.
+        slot (T,): where among all of these, group after group, a token stands.
         visible (A, 1, L, keys) bool takes the causal mask's place where caches hold earlier keys.
         """
-        self.config.check_length(sequences.shape[1])
+        self.config.check_length(max(s.shape[1] for s in sequences))
         x = self.embedding(tokens).float()  # the sum over the blocks stays in float32
         rotary = self.rotary(position)
         for i, block in enumerate(self.blocks):

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 from lib.hf_weights import hold_frozen
@@ -10,6 +11,8 @@ from lib.hf_weights import hold_frozen
 import torch
 
 MOST_FREE = 2**29  # bytes that the heap keeps from step to step
+LARGE = 2**22  # multiplications of a product
+ATEN = []  # what replaces PyTorch's own functions
 
 
 def pick_device(name):
@@ -53,6 +56,7 @@ def prepare(model, config):
         keep_memory()
     hold_frozen(model, getattr(torch, config.dtype))
     model.checkpointing = config.checkpointing
+    model.compiled = config.compile
     if config.compile:
         for block in model.blocks:
             block.compile(dynamic=True)  # in place: parameters keep their names
@@ -70,6 +74,45 @@ def tune_cpu():
     """What every process that computes on a CPU wants and does not get by default."""
     # pairs the model is sure of have gradients so small that a CPU computes them slowly
     torch.set_flush_denormal(True)
+    onednn_products()
+
+
+def onednn_products():
+    """From now on float32 products are oneDNN's. By itself PyTorch takes MKL's, which on
+    AMD's processors use half of the width that newer ones have."""
+    if ATEN or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return
+    ATEN.append(torch.library.Library("aten", "IMPL"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a function of PyTorch is replaced
+        ATEN[0].impl("mm", mm, "CPU")
+        ATEN[0].impl("addmm", addmm, "CPU")
+
+
+def mm(a, b):
+    """a @ b of matrices on a CPU, with the faster library."""
+    if by_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    return torch.ops.aten.mm.out(a, b, out=a.new_empty(len(a), b.shape[1]))
+
+
+def addmm(bias, a, b, *, beta=1, alpha=1):
+    """beta · bias + alpha · a @ b of matrices on a CPU, with the faster library."""
+    if by_onednn(a, b) and bias.dim() == beta == alpha == 1:
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
+    out = a.new_empty(len(a), b.shape[1])
+    return torch.ops.aten.addmm.out(bias, a, b, beta=beta, alpha=alpha, out=out)
+
+
+def by_onednn(a, b):
+    """Whether oneDNN multiplies a and b faster: float32, large enough that making the code for new
+    sizes pays, and with no gaps between rows, for which it has no fast code."""
+    large = len(a) * len(b) * b.shape[1] >= LARGE and a.shape[1] == len(b)
+    return large and a.dtype == b.dtype == torch.float32 and is_dense(a) and is_dense(b)
+
+
+def is_dense(x):
+    return x.is_contiguous() or x.T.is_contiguous()
 
 
 def keep_memory():

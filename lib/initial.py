@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from lib import hf_adapter, hub, pretrained
-from lib.hf_weights import held_in, hold
+from lib import checkpoint, hf_adapter, hf_config, hf_tokenizer, hub, lora, pretrained
+from lib.hf_weights import held_in, hold, weight_files
 from lib.policy import digest, our_checkpoint, put_adapters, read_model
 from lib.settings import SIZE_FLAGS
 from lib.tokenizer import Tokenizer
@@ -34,14 +34,44 @@ def starting_model(config, records, reference, device):
     return Transformer(ModelConfig(**sizes)).to(device), tokenizer, False
 
 
-def initial_model(config, device):
-    """(model, tokenizer) of --init_from: whole, or with adapters on a frozen base."""
-    source = hub.model_path(config.init_from)
+def source_of(name):
+    """The file or folder of --init_from. ValueError if there is none."""
+    source = hub.model_path(name)
     if not source.exists():
         raise ValueError(
             f"--init_from {source}: no such file or folder; it takes these, or OWNER/NAME on the "
             "Hugging Face hub"
         )
+    return source
+
+
+def facts(name):
+    """(ModelConfig, the type in which the matrices would be held as a frozen base, rank of adapters
+    or 0) of --init_from, whose weights are not read."""
+    source = source_of(name)
+    if hf_adapter.is_adapter(source):
+        raise ValueError(f"{source}: holds adapters alone; expected the model that they belong to")
+    if file := our_checkpoint(source):
+        state = checkpoint.load(file)
+        if not isinstance(state, dict) or "config" not in state:
+            raise ValueError(f"{file}: holds no model; expected a run's reference.pt or policy.pt")
+        about = state.get("adapters") or {"base_dtype": "float32", "rank": 0}
+        return ModelConfig(**state["config"]), about["base_dtype"], about["rank"]
+    sizes = hf_config.model_config(checkpoint.read_json(source / "config.json"))
+    return sizes, pretrained.base_type(weight_files(source)), 0
+
+
+def tokenizer_of(name):
+    """The tokenizer of --init_from, whose weights are not read."""
+    source = source_of(name)
+    if file := our_checkpoint(source):
+        return Tokenizer(**checkpoint.load(file)["tokenizer"])
+    return hf_tokenizer.load_tokenizer(source, None)
+
+
+def initial_model(config, device):
+    """(model, tokenizer) of --init_from: whole, or with adapters on a frozen base."""
+    source = source_of(config.init_from)
     if hf_adapter.is_adapter(source):
         rank, alpha, base = hf_adapter.read_config(source)
         check_adapters(config, rank, alpha)
@@ -90,7 +120,7 @@ def whole_model(name, config, device, base_dtype):
 
 def alpha_of(config):
     """α of the adapters that the flags ask for."""
-    return 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return config.lora_alpha or lora.usual_alpha(config.lora_rank)
 
 
 def fit_adapters(model, rank, alpha, base, config):

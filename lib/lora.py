@@ -57,6 +57,10 @@ class LoRALinear(nn.Module):
         return zip(self.lora_A.chunk(len(self.rows)), self.lora_B.split(self.rows))
 
 
+def usual_alpha(rank):
+    return 2.0 * rank
+
+
 def add(model, rank, alpha, seed):
     """Freeze the model and put adapters on it, in place. Their first values depend on the seed."""
     model.requires_grad_(False)

@@ -87,7 +87,7 @@ def need(sizes, rows, prompts, plan):
         # FSDP gathers weights in the products' type, and autocast makes no copies of them
         model = build(sizes, plan._replace(base_dtype=plan.dtype) if plan.shards > 1 else plan)
         learning = sum(p.numel() for p in filter(trained, model.parameters()))
-        rows = Rows(*map(fake, rows[:-1]), rows.answers)
+        rows = Rows(*map(fake, rows))
         for _ in range(2):  # the second time all gradients are there already
             before, live.peak = live.now, 0
             with autocast(CPU, plan.dtype):
@@ -137,13 +137,14 @@ def evaluation(sizes, prompts, plan):
         rows, caches = pack_rows([(x, [[]]) for x in batch]), []
         columns = rows.sequences.shape[1] + most
         caches = [Cache(columns) for _ in model.blocks]
-        where = map(fake, (rows.tokens, rows.position, rows.sequences, rows.slot))
-        hidden = model.hidden(*where, caches=caches)[fake(rows.sequences[:, 0])]
+        tokens, position, sequences, slot = map(fake, rows[:4])
+        hidden = model.hidden(tokens, position, [sequences], slot, caches=caches)
+        hidden = hidden[sequences[:, 0]]
         sample(model.head(hidden).float(), 1.0, 1.0, fake(torch.zeros(len(batch))))
         del caches, hidden
         n, answer = max(1, policy.SLOTS_AT_ONCE // columns), list(range(most))
         rows = pack_rows([([i, *range(columns - most - 1)], [answer]) for i in range(n)])
-        model(Rows(*map(fake, rows[:-1]), rows.answers))
+        model(Rows(*map(fake, rows)))
     return live.peak
 
 
@@ -162,7 +163,7 @@ def weightless():
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, Live() as live:
-        yield live, mode.from_tensor
+        yield live, lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
 
 
 def bytes_of(dtype):

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from lib import hub
 from lib.device import clock
+from lib.lora import usual_alpha
 
 import torch
 from torch.utils.data import SequentialSampler
@@ -127,8 +128,8 @@ def trl_times(c, sizes, pairs, **settings):
     if c.lora_rank:
         from peft import LoraConfig
 
-        rank = c.lora_rank
-        peft_config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        scale = dict(r=c.lora_rank, lora_alpha=usual_alpha(c.lora_rank))
+        peft_config = LoraConfig(**scale, target_modules="all-linear")
     trainer = trl_trainer(load_model(c, sizes), pairs, c, peft_config, **settings)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.train()

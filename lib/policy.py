@@ -6,9 +6,9 @@ Log-probabilities of answers, and sampled answers, are shared out over processes
 import hashlib
 from dataclasses import asdict
 
-from lib import checkpoint, hf_adapter, hf_config, hub, lora, parallel, pretrained
-from lib.device import autocast, give_back
-from lib.hf_weights import hold, weight_files
+from lib import checkpoint, hub, lora, parallel, pretrained
+from lib.device import autocast, give_back, keep_memory
+from lib.hf_weights import hold
 from lib.sampling import generate
 from lib.tokenizer import Tokenizer
 
@@ -32,9 +32,16 @@ def load_model(path, device, dtype="float32"):
     the base is read from where it lies. ValueError if it is not the one with which they learned.
     """
     model, tokenizer = read_model(path, device)
+    return for_inference(model, device, dtype), tokenizer
+
+
+def for_inference(model, device, dtype):
+    """The model in eval mode on the device, its matrices in dtype, but adapters in float32."""
+    if torch.device(device).type == "cpu":
+        keep_memory()
     model = hold(model, getattr(torch, dtype)).to(device).eval()
     give_back(most_free=0)  # what an earlier model took, or this one's wider type
-    return model, tokenizer
+    return model
 
 
 def read_model(path, device):
@@ -117,21 +124,6 @@ def read_base(name, tokenizer, base_dtype, device):
         return pretrained.load_model(source, tokenizer, 0, device, base_dtype)[0]
     model, _ = read_model(file, device)
     return hold(model, torch.bfloat16 if base_dtype == "bfloat16" else torch.float32)
-
-
-def sizes_of(name):
-    """(ModelConfig, the type in which the matrices would be held as a frozen base) of a folder or
-    checkpoint, whose weights are not read."""
-    source = hub.model_path(name)
-    if hf_adapter.is_adapter(source):
-        raise ValueError(f"{source}: holds adapters alone; expected the model that they belong to")
-    if file := our_checkpoint(source):
-        state = checkpoint.load(file)
-        if not isinstance(state, dict) or "config" not in state:
-            raise ValueError(f"{file}: holds no model; expected a run's reference.pt or policy.pt")
-        return ModelConfig(**state["config"]), "float32"
-    sizes = hf_config.model_config(checkpoint.read_json(source / "config.json"))
-    return sizes, pretrained.base_type(weight_files(source))
 
 
 def our_checkpoint(source):

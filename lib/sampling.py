@@ -31,7 +31,7 @@ def generate(
     length = torch.tensor([len(x) for x in prompts], device=device)
     column = torch.arange(L + max_new_tokens, device=device)
     caches = [Cache(L + max_new_tokens) for _ in model.blocks]
-    hidden = model.hidden(rows.tokens, rows.position, rows.sequences, rows.slot, caches=caches)
+    hidden = model.hidden(rows.tokens, rows.position, [rows.sequences], rows.slot, caches=caches)
     hidden = hidden[rows.sequences.gather(1, length[:, None] - 1).squeeze(1)]  # (R, d)
     # (R, columns): a prompt's own tokens, and everything that is sampled
     seen = (column < length[:, None]) | (column >= L)
@@ -58,7 +58,7 @@ def generate(
                 cache.select(unfinished)
         slot = torch.arange(len(row), device=device)
         visible = seen[:, None, None, : L + t + 1]
-        hidden = model.hidden(token, length + t, slot[:, None], slot, visible, caches)
+        hidden = model.hidden(token, length + t, [slot[:, None]], slot, visible, caches)
     lengths = (torch.isin(answers, ends).cumsum(1) == 0).sum(1) + 1  # with the end, where it came
     return [y[:n] for y, n in zip(answers.tolist(), lengths.minimum(room).tolist())]
 

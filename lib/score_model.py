@@ -20,7 +20,7 @@ class ScoreModel(Transformer):
 
     def forward(self, rows):
         """The score of each row's one answer: (A,) float32."""
-        hidden = self.hidden(rows.tokens, rows.position, rows.sequences, rows.slot)
+        hidden = self.hidden(rows.tokens, rows.position, *self.attended(rows))
         last = rows.answer.bincount().cumsum(0) - 1  # (A,) index into the rows' answer tokens
         place = rows.position[rows.predictor[last]] + 1  # the predictor is the token before
         end = rows.sequences.gather(1, place[:, None]).squeeze(1)

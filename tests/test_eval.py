@@ -217,7 +217,7 @@ def plain_logp(path, x, y):
     model, _ = load_model(path, CPU)
     tokens, positions = torch.tensor(x + y), torch.arange(len(x + y))
     with torch.no_grad():
-        logits = model.head(model.hidden(tokens, positions, positions[None], positions))
+        logits = model.head(model.hidden(tokens, positions, [positions[None]], positions))
     return response_logps(logits[None], tokens[None], positions[None] >= len(x)).item()
 
 

@@ -33,7 +33,7 @@ def examples(seed=0, n=5):
 
 def alone(T):
     """position, sequences and slot of one sequence of T tokens."""
-    return torch.arange(T), torch.arange(T)[None], torch.arange(T)
+    return torch.arange(T), [torch.arange(T)[None]], torch.arange(T)
 
 
 def plain_logits(net, ids):
@@ -312,9 +312,9 @@ def test_the_worked_example_of_attention():
     attention = net.blocks[0].attention
     rows = pack_rows([([11, 12], [[13, 14], [15]])])
     x = net.embedding(rows.tokens)  # (5, d)
-    packed = attention(x, net.rotary(rows.position), rows.sequences, rows.slot)
+    packed = attention(x, net.rotary(rows.position), [rows.sequences], rows.slot)
     every_slot = torch.arange(8)
-    padded = attention(x, net.rotary(rows.position), rows.sequences, every_slot)
+    padded = attention(x, net.rotary(rows.position), [rows.sequences], every_slot)
     torch.testing.assert_close(packed, padded[[0, 1, 2, 3, 6]])
     torch.testing.assert_close(padded[[4, 5]], padded[[0, 1]])  # the prompt once more
     for tokens in ([0, 1, 2, 3], [0, 1, 4]):  # each answer's own sequence, alone

@@ -45,7 +45,7 @@ PACKAGES = {  # what a file may import that is neither ours nor Python's own
     "lib/chat.py": {"jinja2"},
     "lib/rows.py": {"pyarrow"},
     "lib/hub.py": {"huggingface_hub"},
-    "bench.py": {"torch", "numpy", "tokenizers", "transformers", "datasets", "trl"},
+    "lib/peers.py": {"torch", "tokenizers", "transformers", "datasets", "trl", "peft"},
 }
 USUAL = {"torch", "numpy", "tokenizers", "tqdm"}
 FILES = {

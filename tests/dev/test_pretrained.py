@@ -177,7 +177,7 @@ def argv(**flags):
 @torch.no_grad()
 def logits(net, ids):
     positions = torch.arange(len(ids))
-    return net.head(net.hidden(torch.tensor(ids), positions, positions[None], positions))
+    return net.head(net.hidden(torch.tensor(ids), positions, [positions[None]], positions))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
