@@ -30,7 +30,7 @@ from unittest import mock
 from lib import initial, lora, memory, peers, policy
 from lib.device import autocast, clock, give_back, prepare, settle, tune_cpu
 from lib.flags import flag, like, parse, run
-from lib.settings import SIZE_FLAGS, TrainConfig
+from lib.settings import SIZE_FLAGS, TrainConfig, usual_alpha
 
 import numpy as np
 import torch
@@ -88,6 +88,21 @@ class Config:
     )
     devices: int = flag(1, "with --memory: processes that share the model (--fsdp)", above=0)
 
+    IDLE = {  # noqa: RUF012
+        "memory": ("table", "sampling", "vs", "rounds"),
+        "table": ("sampling", "vs", "init_from"),
+        "init_from": SIZE_FLAGS,
+        "data": ("prompt_tokens", "answer_tokens"),
+        "sampling": ("steps", "batch_size", "micro_batch_size", "checkpointing", "answer_tokens"),
+    }
+    NEEDS = {  # noqa: RUF012
+        "data": "init_from",
+        "max_length": "data",
+        "devices": "memory",
+        "eval_prompts": "sampling",
+        "trl_batch_size": "vs",
+    }
+
 
 # --------------------------------------------------------------------------------------------------
 # What is measured
@@ -107,7 +122,7 @@ def make_model(c, device):
         return initial.initial_model(settings, device)[0]
     model = Transformer(sizes_of(c)).to(device)
     if c.lora_rank:
-        lora.add(model, c.lora_rank, lora.usual_alpha(c.lora_rank), c.seed)
+        lora.add(model, c.lora_rank, usual_alpha(c.lora_rank), c.seed)
     return model
 
 
@@ -378,36 +393,13 @@ def print_memory(config):
     print(memory.sentence(need, config.devices))
 
 
-IDLE = {  # flag → flags that do nothing beside it
-    "memory": ("table", "sampling", "vs", "rounds"),
-    "table": ("sampling", "vs", "init_from"),
-    "init_from": SIZE_FLAGS,
-    "data": ("prompt_tokens", "answer_tokens"),
-    "sampling": ("steps", "batch_size", "micro_batch_size", "checkpointing", "answer_tokens"),
-}
-NEEDS = {  # flag → the flag without which it does nothing
-    "data": "init_from",
-    "max_length": "data",
-    "devices": "memory",
-    "eval_prompts": "sampling",
-    "trl_batch_size": "vs",
-}
-
-
-def refuse(given, config):
-    """ValueError if a flag would do nothing, or a library is missing."""
+def refuse(config):
+    """ValueError if this cannot be measured, or a library is missing."""
     if is_torchelastic_launched():
         raise ValueError(
             "torchrun starts this once a process, and each would measure alone; "
             "expected python bench.py"
         )
-    for name, others in IDLE.items():
-        for other in others:
-            if getattr(config, name) and other in given:
-                raise ValueError(f"--{other} does nothing with --{name}; leave one of them out")
-    for name, needed in NEEDS.items():
-        if name in given and not getattr(config, needed):
-            raise ValueError(f"--{name} does nothing without --{needed}")
     if config.vs and (config.vs == "transformers") != config.sampling:
         raise ValueError("--vs trl compares training, and --vs transformers needs --sampling")
     if config.vs and not importlib.util.find_spec(config.vs):
@@ -415,9 +407,8 @@ def refuse(given, config):
 
 
 def main(argv=None):
-    given = parse(Config, argv, __doc__)
-    config = settle(Config(**given))
-    refuse(given, config)
+    config = settle(Config(**parse(Config, argv, __doc__)))
+    refuse(config)
     if config.memory:
         return print_memory(config)
     sizes = sizes_of(config)

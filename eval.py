@@ -185,8 +185,8 @@ def settings_of(flags, given):
 
 def export_policy(config):
     """--export: write a run's policy as a Hugging Face folder; --export_adapter: its adapters."""
-    if len(config.runs) > 1 or (config.export and config.export_adapter):
-        raise ValueError("--export writes one policy; expected one folder of a run, and one export")
+    if len(config.runs) > 1:
+        raise ValueError("one policy is written at a time; expected one folder of a run")
     flags, device = runs.finished_run(config.runs[0]), pick_device(config.device)
     if config.export_adapter:
         return export_adapter(config.runs[0], config.export_adapter)

@@ -4,8 +4,8 @@ RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, 
 of q and k; a tied or a separate head.
 
 forward gives log π(y | x) of every answer in a batch of prompts, each with any number of answers.
-What a token gives depends on it and on those before it alone, so that rows that begin alike share
-these tokens: a prompt is computed once for all its answers.
+A token's state depends only on the token and on those before it. So what rows have in common at
+their beginning is computed once: a prompt once for all its answers.
 
     tokens     p p p p  w w w <eos>  l l <eos>
     position   0 1 2 3  4 5 6 7      4 5 6
@@ -90,7 +90,9 @@ class Rows(NamedTuple):
 
     tokens: torch.Tensor  # (T,) row after row; what an earlier row begins with too is left out
     position: torch.Tensor  # (T,) where in its row a token stands, from 0
-    sequences: torch.Tensor  # (A, L) which tokens attention sees, an answer a line; padded with 0
+    # (A, L) which tokens attention sees, an answer a line; the last is repeated as padding, so that
+    # its gradient is not that of one token for all sequences
+    sequences: torch.Tensor
     slot: torch.Tensor  # (T,) where in sequences.flatten() a token stands (its first place there)
     predictor: torch.Tensor  # (N,) which of the T tokens predicts the n-th answer token
     target: torch.Tensor  # (N,) the n-th answer token
@@ -109,7 +111,7 @@ def pack_rows(examples):
     (tensor([11, 12, 13, 14, 15]), tensor([0, 1, 2, 3, 2]))
     >>> rows.sequences  # 11 12 13 14, and 11 12 15 with a padding
     tensor([[0, 1, 2, 3],
-            [0, 1, 4, 0]])
+            [0, 1, 4, 4]])
     >>> rows.slot  # 15 is number 4 of the tokens, and stands in slot 6 of the 8
     tensor([0, 1, 2, 3, 6])
     >>> rows.predictor, rows.target, rows.answer  # 12 predicts 13, 13 predicts 14, 12 predicts 15
@@ -131,7 +133,7 @@ def pack_rows(examples):
             predictor += sequence[len(x) - 1 : -1]  # the prompt's last token predicts the first
             target += y
             answer += [len(sequences)] * len(y)
-            sequences.append(sequence + [0] * (L - len(sequence)))
+            sequences.append(sequence + sequence[-1:] * (L - len(sequence)))
             lengths.append(len(sequence))
     columns = (tokens, position, sequences, slot, predictor, target, answer)
     return Rows(*map(torch.tensor, columns), lengths, len(sequences))
@@ -317,7 +319,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             arguments = x, rotary, sequences, slot, visible, caches and caches[i]
             if self.checkpointing:
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
         return self.norm(x)
@@ -378,7 +380,8 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, target):
-        ctx.size = max(1, LOGITS_AT_ONCE // len(head))
+        at_once = LOGITS_AT_ONCE * (4 if hidden.is_cuda else 1)  # a GPU wants more
+        ctx.size = max(1, at_once // len(head))
         ctx.dtype = product_type(hidden)
         ctx.is_frozen = not ctx.needs_input_grad[1]
         weight, logps, directions = head.to(ctx.dtype), [], []

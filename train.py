@@ -30,8 +30,8 @@ from model import move
 
 
 def sft_loss(logps, batch):
-    """−log π(y|x), mean over the step's answer tokens, nats; and nothing to log beside it."""
-    return -logps.sum() / batch.step_tokens, None
+    """−log π(y|x), mean over the step's answer tokens, nats; and no columns to log beside it."""
+    return -logps.sum() / batch.step_tokens, logps.new_zeros(0, len(batch.h_w))
 
 
 def preference_loss(beta, delta):
@@ -54,28 +54,27 @@ def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, prec
     """
     device = next(model.parameters()).device
     losses, columns = [], []
-    with precision:  # one for all: weights are cast once a step
+    with precision:  # one context for all micro-batches: autocast casts weights once a step
         for batch in parallel.sync_on_last(model, batches):
             batch = move(batch, device)
             loss, of_pairs = loss_function(model(batch.rows), batch)
             parallel.backward(scaler.scale(loss))
             losses.append(loss.detach())
             columns.append(of_pairs)
-    losses = torch.stack(losses)
-    if not losses.isfinite().all():
-        bad = int((~losses.isfinite()).nonzero()[0])
-        raise FloatingPointError(f"the loss is {losses[bad].item()} on pairs {batches[bad].pairs}")
     scaler.unscale_(optimizer)
     norm = parallel.clip_gradients(model, grad_clip)
-    if not scaler.is_enabled() and not norm.isfinite():  # a scaler skips such a step by itself
+    *values, norm = torch.stack([*losses, norm]).tolist()  # here the device is waited for
+    for value, batch in zip(values, batches):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} on pairs {batch.pairs}")
+    if not scaler.is_enabled() and not math.isfinite(norm):  # a scaler skips such a step by itself
         numbers = [i for batch in batches for i in batch.pairs]
-        raise FloatingPointError(f"the gradient's norm is {norm.item()} on pairs {numbers}")
+        raise FloatingPointError(f"the gradient's norm is {norm} on pairs {numbers}")
     scaler.step(optimizer)
     scaler.update()
     parallel.clear_gradients(model, optimizer)
-    columns = None if columns[0] is None else torch.cat(columns, 1)
-    loss, columns = parallel.gather(losses.sum(), columns, batch.step_pairs)
-    return loss.item(), norm.item(), columns
+    loss, columns = parallel.gather(sum(losses), torch.cat(columns, 1), batches[0].step_pairs)
+    return loss, norm, columns
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -125,7 +124,7 @@ def fit(stage_name, model, pairs, ref, loss_function, config, folder):
                 model, optimizer, scaler, batches, loss_function, config.grad_clip, precision
             )
             metrics = {"epoch": (step + 1) / per_epoch, "loss": loss}
-            if columns is not None:
+            if len(columns):
                 metrics |= preference_metrics(*columns, config.beta)
             metrics |= {"grad_norm": norm, "learning_rate": lr}
             stage.finish_step(metrics)
@@ -168,7 +167,7 @@ def train(config, folder, lock):
         config = replace(config, **{name: getattr(model.config, name) for name in SIZE_FLAGS})
     steps = config.epochs * data.steps_per_epoch(pairs, config.batch_size)
     held_out = data.prompts(splits["test"], tokenizer, config.max_length, config.eval_prompts)
-    report.warn_before(config, steps, len(held_out), bool(tokenizer.files))
+    report.warn_before(config, steps, len(held_out), bool(tokenizer.files), bool(model.adapters))
     largest = data.largest_batch(pairs, config.micro_batch_size)
     memory.tell(model, config, largest, list(held_out.values()))
     runs.begin(folder, config, digest, done.borrowed, lock)

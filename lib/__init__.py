@@ -4,6 +4,7 @@ What stands here happens before torch is imported: the linter puts imports of li
 """
 
 import os
+import sys
 
 # PyTorch's threads wait for each other many times in each step of a small model. By default they
 # wait in a loop that takes the core from whoever they wait for, where other programs are busy too.
@@ -15,3 +16,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # the last 1,024 in two places. Rows have ever new lengths, so that few are used again.
 for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(kept, "64")
+
+# On a GPU rows of ever new lengths would leave holes in memory that nothing fits into.
+if sys.platform == "linux":
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

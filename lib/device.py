@@ -5,13 +5,14 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 
 from lib.hf_weights import hold_frozen
 
 import torch
 
 MOST_FREE = 2**29  # bytes that the heap keeps from step to step
-LARGE = 2**22  # multiplications of a product
+LARGE = 256  # rows and columns of a factor that oneDNN multiplies with
 ATEN = []  # what replaces PyTorch's own functions
 
 
@@ -23,7 +24,17 @@ def pick_device(name):
         torch.zeros(1, device=name).item()
     except Exception as e:  # each kind of device has its own
         raise ValueError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        tune_cuda()
+    return device
+
+
+def tune_cuda():
+    """What every process that computes on a GPU wants and does not get by default."""
+    torch.set_float32_matmul_precision("high")  # what is left in float32 goes through TF32
+    # cuDNN's attention makes a plan for each new length, which takes longer than to attend
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def pick_dtype(name, device):
@@ -38,7 +49,9 @@ def pick_dtype(name, device):
 def settle(config):
     """config with what its flags leave to the machine decided: device, dtype, compile."""
     device = pick_device(config.device)
-    compiled = device.type == "cuda" if config.compile is None else config.compile
+    compiled = config.compile
+    if compiled is None:  # on Windows there may be no Triton
+        compiled = device.type == "cuda" and find_spec("triton") is not None
     dtype = pick_dtype(config.dtype, device)
     return replace(config, device=str(device), dtype=dtype, compile=compiled)
 
@@ -50,9 +63,7 @@ def autocast(device, dtype):
 
 def prepare(model, config):
     """The model, ready to be trained as the flags say."""
-    if config.device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # what is left in float32 goes through TF32
-    else:
+    if not config.device.startswith("cuda"):
         keep_memory()
     hold_frozen(model, getattr(torch, config.dtype))
     model.checkpointing = config.checkpointing
@@ -105,10 +116,11 @@ def addmm(bias, a, b, *, beta=1, alpha=1):
 
 
 def by_onednn(a, b):
-    """Whether oneDNN multiplies a and b faster: float32, large enough that making the code for new
-    sizes pays, and with no gaps between rows, for which it has no fast code."""
-    large = len(a) * len(b) * b.shape[1] >= LARGE and a.shape[1] == len(b)
-    return large and a.dtype == b.dtype == torch.float32 and is_dense(a) and is_dense(b)
+    """Whether oneDNN multiplies a with b faster. It makes code for each new size, which takes a
+    millisecond and does not pay in a small model; and it has no fast code where there are gaps
+    between rows."""
+    fits = a.dtype == b.dtype == torch.float32 and a.shape[1] == len(b)
+    return fits and min(b.shape) >= LARGE and a.numel() and is_dense(a) and is_dense(b)
 
 
 def is_dense(x):

@@ -59,7 +59,7 @@ def export(folder, target, dtype, held_out, beta, device):
 
 
 def load_policy(folder, device):
-    """(model in float32 without adapters, its tokenizer)."""
+    """(model in float32, adapters added to the weights that they stand beside; its tokenizer)."""
     model, tokenizer = load_model(folder / "policy.pt", device)
     lora.merge(model)
     return model, tokenizer

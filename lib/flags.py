@@ -57,7 +57,8 @@ class Parser(argparse.ArgumentParser):
 def parse(settings, argv=None, about=None):
     """The flags given on the command line, {name: value}, checked; those not given are absent.
 
-    about: what --help says first. Errors exit with 2.
+    about: what --help says first. Errors exit with 2. settings.IDLE, if it is there: {flag: flags
+    that do nothing beside it}; settings.NEEDS: {flag: the one without which it does nothing}.
     """
     arguments = " DIR [DIR …]" if any(f.metadata["many"] for f in fields(settings)) else ""
     parser = Parser(
@@ -71,6 +72,13 @@ def parse(settings, argv=None, about=None):
     given = vars(parser.parse_args(argv))
     for name, value, expected in problems(settings, given):
         parser.error(f"argument --{name}: {value} is out of range; expected {expected}")
+    for name, others in getattr(settings, "IDLE", {}).items():
+        for other in others:
+            if given.get(name) and other in given:
+                parser.error(f"--{other} does nothing beside --{name}; leave one of them out")
+    for name, needed in getattr(settings, "NEEDS", {}).items():
+        if name in given and not given.get(needed):
+            parser.error(f"--{name} does nothing without --{needed}")
     for f in fields(settings):
         if f.metadata["path"] and f.name in given:
             given[f.name] = os.path.expanduser(given[f.name])  # no shell does it behind a "="

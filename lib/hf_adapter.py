@@ -1,6 +1,7 @@
 """PEFT's folders of LoRA adapters, in and out: a config and one file of weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 from lib import checkpoint
@@ -86,7 +87,10 @@ def load(model, folder):
             raise ValueError(
                 f"{path}: {name} has no place; expected adapters on linear layers of Llama's blocks"
             )
-        copy_tensor(path, name, weights[name], tied=False)
+        try:
+            copy_tensor(path, name, weights[name], tied=False)
+        except ValueError as e:
+            raise ValueError(f"{e}; the adapters seem to belong to another model")
         other = name.translate(str.maketrans("AB", "BA"))
         if other not in names:
             raise ValueError(f"{path}: {name} is there and {other} is missing; expected both")
@@ -110,3 +114,4 @@ def export(model, folder):
     weights = {k: w.detach().cpu().clone() for k, w in adapters_by_peft_name(model).items()}
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
     safetensors_library().torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # as the umask says

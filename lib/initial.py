@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from lib import checkpoint, hf_adapter, hf_config, hf_tokenizer, hub, lora, pretrained
+from lib import checkpoint, hf_adapter, hf_config, hf_tokenizer, hub, pretrained
 from lib.hf_weights import held_in, hold, weight_files
 from lib.policy import digest, our_checkpoint, put_adapters, read_model
-from lib.settings import SIZE_FLAGS
+from lib.settings import SIZE_FLAGS, usual_alpha
 from lib.tokenizer import Tokenizer
 
 import torch
@@ -75,6 +75,11 @@ def initial_model(config, device):
     if hf_adapter.is_adapter(source):
         rank, alpha, base = hf_adapter.read_config(source)
         check_adapters(config, rank, alpha)
+        if not hub.model_path(base).exists():
+            raise ValueError(
+                f"{source / hf_adapter.CONFIG}: its base_model_name_or_path is {base}, and there "
+                "is no such folder; expected the model that the adapters belong to"
+            )
         model, tokenizer = whole_model(base, config, device, config.base_dtype)
         fit_adapters(model, rank, alpha, base, config)
         if others := hf_adapter.load(model, source):
@@ -120,7 +125,7 @@ def whole_model(name, config, device, base_dtype):
 
 def alpha_of(config):
     """α of the adapters that the flags ask for."""
-    return config.lora_alpha or lora.usual_alpha(config.lora_rank)
+    return config.lora_alpha or usual_alpha(config.lora_rank)
 
 
 def fit_adapters(model, rank, alpha, base, config):

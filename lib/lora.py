@@ -14,9 +14,9 @@ from model import product_type
 
 
 class LowRank(torch.autograd.Function):
-    """W x + b + s · B A x for x (T, in): (T, out). A (parts · r, in) and B (out, r) are the parts'
-    own, one below the other; rows: of each part. The gradient is written out: the second product is
-    added in place, and no copy of W in another type is kept for the backward pass."""
+    """W x + b + s · B A x for x (T, in): (T, out). A (parts · r, in), B (out, r): a block for each
+    part, one below the other; rows: how many of W and B are each part's. The gradient is written
+    out: the second product is added in place, and no copy of W in another type is kept."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, s, rows):
@@ -55,10 +55,6 @@ class LoRALinear(nn.Module):
 
     def parts(self):
         return zip(self.lora_A.chunk(len(self.rows)), self.lora_B.split(self.rows))
-
-
-def usual_alpha(rank):
-    return 2.0 * rank
 
 
 def add(model, rank, alpha, seed):

@@ -33,9 +33,12 @@ def join():
     """Meet the other processes if torchrun started this one; all but the first fall silent."""
     if not dist.is_torchelastic_launched():
         return
+    how = dict(timeout=timedelta(hours=1))  # process 0 may write many gigabytes
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(hours=1))  # process 0 may write many gigabytes
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        how |= dict(backend="cuda:nccl,cpu:gloo", device_id=device)
+    dist.init_process_group(**how)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
 
@@ -124,17 +127,15 @@ def clip_gradients(model, most):
 
 
 def gather(loss, columns, n):
-    """The whole step's loss, and the columns of its n pairs, (k, n).
+    """The whole step's loss, and the columns of its n pairs, (k, n), on the CPU.
 
-    loss: this process's. columns (k, B): of its pairs, which are every size-th one; or None.
+    loss: this process's. columns (k, B): of its pairs, which are every size-th one. All go to the
+    others and to the CPU together: each way is waited for once.
     """
-    if not dist.is_initialized():
-        return loss, columns
-    if columns is not None:
-        whole = columns.new_zeros(len(columns), n)
-        whole[:, rank() :: size()] = columns
-        columns = total(whole)
-    return total(loss), columns
+    whole = columns.new_zeros(len(columns), n)
+    whole[:, rank() :: size()] = columns
+    loss, *columns = total(torch.cat((loss[None], whole.flatten()))).cpu().split((1, whole.numel()))
+    return loss.item(), columns[0].view_as(whole)
 
 
 def end_inference(model):
@@ -154,6 +155,14 @@ def total(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def any_process(facts, device):
+    """Whether each fact holds in any process: every process does what follows, or none."""
+    if not dist.is_initialized():
+        return map(bool, facts)
+    told = torch.tensor([float(bool(fact)) for fact in facts], device=device)
+    return (total(told) > 0).tolist()
 
 
 def model_state(model):

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from lib import hub
 from lib.device import clock
-from lib.lora import usual_alpha
+from lib.settings import usual_alpha
 
 import torch
 from torch.utils.data import SequentialSampler

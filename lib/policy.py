@@ -1,6 +1,5 @@
-"""A model with its tokenizer, as a checkpoint holds it; what it makes of answers, and its own.
-
-Log-probabilities of answers, and sampled answers, are shared out over processes.
+"""A model with its tokenizer: saved and loaded, the log-probabilities that it gives to answers, and
+answers sampled from it. Several processes share the last two.
 """
 
 import hashlib

@@ -285,24 +285,26 @@ def what_next(folder, config, prompt):
 
 FEW_STEPS, FEW_PROMPTS = 50, 30
 LARGE_LR = 5e-5
+LARGE_LORA_LR = 1e-3
 MOST_KL = 1.0  # nats a token
 MORE_DEGENERATE = 10  # % of the answers
 
 
-def warn_before(config, steps, prompts, is_real):
+def warn_before(config, steps, prompts, is_real, has_adapters):
     """Before training: the settings of SafeDPO, and what cannot be good in them.
 
     steps: of SafeDPO. prompts: how many are held out, to sample answers for. is_real: whether the
-    model comes from elsewhere.
+    model comes from elsewhere. has_adapters: whether these alone learn.
     """
     print(
         f"SafeDPO: β = {config.beta:g}, Δ = {config.delta:g}, --lr {config.lr:g}, "
         f"steps: {steps} of {config.batch_size} pairs"
     )
-    if is_real and config.lr > LARGE_LR:
+    if is_real and config.lr > (LARGE_LORA_LR if has_adapters else LARGE_LR):
         warn(
             f"--lr {config.lr:g} fits a small model that learns from nothing; a model from "
-            "elsewhere wants far less (--lr 1e-6 --beta 0.1 --delta 10 in the paper)"
+            "elsewhere wants far less (--lr 1e-6 --beta 0.1 --delta 10 in the paper, and --lr 1e-4 "
+            "with adapters)"
         )
     if steps < FEW_STEPS:
         warn(
@@ -324,7 +326,10 @@ def warn_after(result):
         warn(f"KL to the reference is {policy['kl']['value']:.0f} nats an answer; {softer}")
     before, after = (100 * figures["degenerate"]["value"] for figures in (reference, policy))
     if after > before + MORE_DEGENERATE:
-        warn(f"{after:.0f} % of the answers are degenerate, {before:.0f} % were; {softer}")
+        warn(
+            f"{after:.0f} % of the answers are degenerate, {before:.0f} % were; {softer}; where "
+            "answers are cut, a larger --max_new_tokens lets them end"
+        )
     if policy["helpfulness"] and reference["helpfulness"]:
         fell = reference["helpfulness"]["value"] - policy["helpfulness"]["value"]
         low, high = reference["helpfulness"]["ci95"]

@@ -81,7 +81,10 @@ class TrainConfig(Settings):
         most=2**16,
     )
     lora_alpha: float = flag(
-        None, "their products are scaled by this / rank; left out: by 2", kind=float, above=0
+        None,
+        "α of LoRA: their products are scaled by α / rank; left out: twice the rank",
+        kind=float,
+        above=0,
     )
     base_dtype: str = flag(
         "auto",
@@ -180,14 +183,26 @@ class EvalConfig(Settings):
     )
     export_dtype: str = flag(
         "auto",
-        "type of its weights; auto: that in which the model came if it holds what was learned, "
-        "else float32",
+        "type of the weights that --export writes; auto: that in which the model came if it holds "
+        "what was learned, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     json: str = flag("", "write every figure to this file", path=True)
     plot: str = flag(
         "", "draw helpfulness against harmless ratio into this .png, .svg or .pdf", path=True
     )
+
+    IDLE = {  # noqa: RUF012
+        "prompt": ("export", "export_adapter", "data", "split", *JUDGES, "json", "plot", "verbose"),
+        "export": ("export_adapter", "split", *JUDGES, "json", "plot", "verbose"),
+        "export_adapter": ("data", "split", *JUDGES, "json", "plot", "verbose"),
+    }
+    NEEDS = {"export_dtype": "export"}  # noqa: RUF012
+
+
+def usual_alpha(rank):
+    """α of adapters where --lora_alpha is left out."""
+    return 2.0 * rank
 
 
 SAMPLING = (

@@ -15,7 +15,6 @@ from lib import checkpoint, parallel
 from lib.device import give_back
 from lib.policy import first_not_finite
 
-import torch
 from tqdm import tqdm
 
 SAVE_SECONDS = 900  # a state is saved at least this often, if a step is not longer
@@ -71,8 +70,7 @@ class Stage:
         self.bar.update()
         device = next(self.model.parameters()).device
         is_late = not parallel.rank() and time.monotonic() > self.saved_at + SAVE_SECONDS
-        told = torch.tensor([len(self.signals), is_late], dtype=torch.float32, device=device)
-        must_stop, is_late = (parallel.total(told) > 0).tolist()  # every process does, or none
+        must_stop, is_late = parallel.any_process((self.signals, is_late), device)
         if must_stop or is_late or step % self.save_every == 0:
             self.log.flush()
             if not parallel.rank():

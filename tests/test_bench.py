@@ -127,11 +127,11 @@ def test_memory_is_that_of_the_process():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--table --vs trl", "--vs does nothing with --table"),
-        ("--memory --rounds 2", "--rounds does nothing with --memory"),
-        ("--sampling --steps 4", "--steps does nothing with --sampling"),
-        ("--init_from x --n_layer 3", "--n_layer does nothing with --init_from"),
-        ("--init_from x --data x --prompt_tokens 9", "--prompt_tokens does nothing with --data"),
+        ("--table --vs trl", "--vs does nothing beside --table"),
+        ("--memory --rounds 2", "--rounds does nothing beside --memory"),
+        ("--sampling --steps 4", "--steps does nothing beside --sampling"),
+        ("--init_from x --n_layer 3", "--n_layer does nothing beside --init_from"),
+        ("--init_from x --data x --prompt_tokens 9", "--prompt_tokens does nothing beside --data"),
         ("--data x", "--data does nothing without --init_from"),
         ("--devices 2", "--devices does nothing without --memory"),
         ("--eval_prompts 2", "--eval_prompts does nothing without --sampling"),

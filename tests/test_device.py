@@ -24,7 +24,7 @@ def counted(monkeypatch):
     return calls
 
 
-LARGE = 200  # rows and columns of matrices that are large enough
+LARGE = device.LARGE
 
 
 def matrix(*shape, dtype=torch.float32, seed=0):
@@ -58,7 +58,7 @@ def test_a_linear_layer_and_its_gradients(counted, bias):
 @pytest.mark.parametrize(
     "a, b",
     [
-        (matrix(3, 4), matrix(4, 5)),  # small
+        (matrix(3000, LARGE), matrix(LARGE, LARGE - 1)),  # as in a small model
         (matrix(0, LARGE), matrix(LARGE, LARGE)),
         (matrix(LARGE, 0), matrix(0, LARGE)),
         (matrix(LARGE, LARGE, dtype=torch.bfloat16), matrix(LARGE, LARGE, dtype=torch.bfloat16)),

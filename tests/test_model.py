@@ -97,9 +97,9 @@ def test_row_layout_as_documented():
     assert rows.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 0, 1]
     assert rows.sequences.tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7],
-        [0, 1, 2, 3, 8, 9, 10, 0],
-        [11, 12, 0, 0, 0, 0, 0, 0],
-        [11, 12, 0, 0, 0, 0, 0, 0],  # the same answer once more
+        [0, 1, 2, 3, 8, 9, 10, 10],
+        [11, 12, 12, 12, 12, 12, 12, 12],
+        [11, 12, 12, 12, 12, 12, 12, 12],  # the same answer once more
     ]
     assert rows.sequences.flatten()[rows.slot].tolist() == list(range(13))
     assert rows.predictor.tolist() == [
@@ -121,7 +121,7 @@ def test_rows_that_begin_alike_share_these_tokens():
     rows = pack_rows([([1, 2, 3], [[4, 9], [4, 5]]), ([1, 2], [[3, 4, 9], [2]])])
     assert rows.tokens.tolist() == [1, 2, 3, 4, 9, 5, 2]  # the last 2 does not stand where 2 did
     assert rows.position.tolist() == [0, 1, 2, 3, 4, 4, 2]
-    beginnings = [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4], [0, 1, 6, 0, 0]
+    beginnings = [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4], [0, 1, 6, 6, 6]
     assert rows.sequences.tolist() == list(beginnings)
     assert rows.slot.tolist() == [0, 1, 2, 3, 4, 9, 17]
     assert rows.predictor.tolist() == [2, 3, 2, 3, 1, 2, 3, 1]  # where a prompt ends is its own

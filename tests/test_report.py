@@ -73,14 +73,16 @@ def judged(pairs, harmless, over_refusal, refusal):
 
 def test_what_cannot_be_good_is_said_before(capsys):
     config = TrainConfig(delta=5.0, lr=1e-4)
-    warn_before(config, 50, 30, False)
+    warn_before(config, 50, 30, False, False)
     said = "SafeDPO: β = 2, Δ = 5, --lr 0.0001, steps: 50 of 64 pairs"
     assert capsys.readouterr().out.splitlines() == [said]
-    warn_before(config, 49, 29, True)
+    warn_before(config, 49, 29, True, False)
     _, large, few, prompts = capsys.readouterr().out.splitlines()
     assert large.startswith("warning: --lr 0.0001 fits a small model") and "--lr 1e-6" in large
     assert few.startswith("warning: few steps to learn from (49)") and "--batch_size" in few
     assert prompts.startswith("warning: few held-out prompts to judge by (29)")
+    warn_before(config, 50, 30, True, True)  # adapters want more
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_what_went_wrong_is_said_after(capsys):
