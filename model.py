@@ -316,6 +316,13 @@ class Transformer(nn.Module):
         self.config.check_length(max(s.shape[1] for s in sequences))
         x = self.embedding(tokens).float()  # the sum over the blocks stays in float32
         rotary = self.rotary(position)
+        if self.compiled:  # rows have ever new lengths: one graph for all
+            for tensor in (x, *rotary, slot):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            for sequence in sequences:
+                torch._dynamo.maybe_mark_dynamic(sequence, (0, 1))
+            if torch.is_grad_enabled():  # one for all blocks, also where nothing before them learns
+                x.requires_grad_()
         for i, block in enumerate(self.blocks):
             arguments = x, rotary, sequences, slot, visible, caches and caches[i]
             if self.checkpointing:

@@ -127,7 +127,7 @@ def fit(stage_name, model, pairs, ref, loss_function, config, folder):
             if len(columns):
                 metrics |= preference_metrics(*columns, config.beta)
             metrics |= {"grad_norm": norm, "learning_rate": lr}
-            stage.finish_step(metrics)
+            stage.finish_step(metrics, sum(len(batch.rows.tokens) for batch in batches))
     model.eval()
 
 

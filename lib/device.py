@@ -13,6 +13,7 @@ import torch
 
 MOST_FREE = 2**29  # bytes that the heap keeps from step to step
 LARGE = 256  # rows and columns of a factor that oneDNN multiplies with
+LARGEST = 2**22  # elements of a factor that it may copy
 ATEN = []  # what replaces PyTorch's own functions
 
 
@@ -70,7 +71,7 @@ def prepare(model, config):
     model.compiled = config.compile
     if config.compile:
         for block in model.blocks:
-            block.compile(dynamic=True)  # in place: parameters keep their names
+            block.compile()  # in place: parameters keep their names
     return model
 
 
@@ -117,9 +118,10 @@ def addmm(bias, a, b, *, beta=1, alpha=1):
 
 def by_onednn(a, b):
     """Whether oneDNN multiplies a with b faster. It makes code for each new size, which takes a
-    millisecond and does not pay in a small model; and it has no fast code where there are gaps
-    between rows."""
+    millisecond and does not pay in a small model; it has no fast code where there are gaps between
+    rows; and it copies a transposed a, which may take too much memory."""
     fits = a.dtype == b.dtype == torch.float32 and a.shape[1] == len(b)
+    fits = fits and (a.is_contiguous() or a.numel() < LARGEST)
     return fits and min(b.shape) >= LARGE and a.numel() and is_dense(a) and is_dense(b)
 
 

@@ -95,12 +95,12 @@ def sample(logits, temperature, top_p, uniform, top_k=0):
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probs = (logits / temperature).softmax(-1)
+    probs = logits.div_(temperature).softmax(-1)
     if top_p < 1:
         descending, token = probs.sort(-1, descending=True)
         before = descending.cumsum(-1) - descending
         outside = before >= top_p  # more probable tokens reach top_p without this one
         outside[..., 0] = False
         probs = probs.scatter(-1, token, descending.masked_fill(outside, 0.0))
-    below = probs.double().cumsum(-1)  # in float64, uniform times the last is less than the last
+    below = probs.cumsum(-1, dtype=torch.float64)  # there uniform · the last is less than the last
     return torch.searchsorted(below, below[:, -1:] * uniform[:, None], right=True).squeeze(1)

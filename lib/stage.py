@@ -32,7 +32,8 @@ class Stage:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.state_file, self.log_file = folder / "state.pt", folder / "metrics.jsonl"
         self.first_step = self.saved_step = self.steps_done = self.restore()
-        self.saved_at = time.monotonic()
+        self.saved_at = self.began_at = time.monotonic()
+        self.tokens = 0  # since then
 
     def __enter__(self):
         writes = not parallel.rank()  # one process talks
@@ -55,8 +56,11 @@ class Stage:
                 "a smaller learning rate or Δ/β helps"
             ) from error
 
-    def finish_step(self, metrics):
-        """Write the step's line; save the state if that is due; end if a signal came."""
+    def finish_step(self, metrics, tokens):
+        """Write the step's line; save the state if that is due; end if a signal came.
+
+        tokens: how many this process computed in the step.
+        """
         step = self.steps_done + 1
         line = {"stage": self.name, "step": step, **metrics}
         self.log.write(json.dumps({name: finite(value) for name, value in line.items()}) + "\n")
@@ -66,6 +70,8 @@ class Stage:
             "accuracy": metrics.get("rewards/accuracies"),
         }
         shown = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
+        self.tokens += tokens * parallel.size()
+        shown["tokens/s"] = f"{self.tokens / (time.monotonic() - self.began_at):.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         device = next(self.model.parameters()).device

@@ -63,10 +63,11 @@ def test_a_linear_layer_and_its_gradients(counted, bias):
         (matrix(LARGE, 0), matrix(0, LARGE)),
         (matrix(LARGE, LARGE, dtype=torch.bfloat16), matrix(LARGE, LARGE, dtype=torch.bfloat16)),
         (matrix(LARGE, LARGE, dtype=torch.float64), matrix(LARGE, LARGE, dtype=torch.float64)),
+        (matrix(LARGE, device.LARGEST // LARGE).T, matrix(LARGE, LARGE)),  # would be copied
         # gaps between rows: oneDNN would take 500 times as long
         (matrix(LARGE, 3 * LARGE)[:, :LARGE].T, matrix(LARGE, 3 * LARGE)[:, LARGE : 2 * LARGE]),
     ],
-    ids=["small", "no rows", "no columns", "bfloat16", "float64", "gaps"],
+    ids=["small", "no rows", "no columns", "bfloat16", "float64", "copied", "gaps"],
 )
 def test_other_products_are_pytorchs_own(counted, a, b):
     torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0.02, atol=0.2)

@@ -31,6 +31,21 @@ def test_cached_greedy_sampling_equals_recomputation(sizes):
     assert answers == [recomputed(net, x, 12, lambda logits: logits.argmax(-1)) for x in prompts]
 
 
+def test_a_prompt_is_computed_once_for_all_its_answers(monkeypatch):
+    net, computed = make(), []
+    hidden = net.hidden
+
+    def counted(tokens, *where, **caches):
+        computed.append(len(tokens))
+        return hidden(tokens, *where, **caches)
+
+    monkeypatch.setattr(net, "hidden", counted)
+    uniforms = torch.stack([draw(5, seed) for seed in range(16)])
+    many = generate(net, [[1, 2, 3]] * 16, 5, [EOS], uniforms=uniforms)
+    assert computed[0] == 3 and len(set(map(tuple, many))) > 8
+    assert many == [generate(net, [[1, 2, 3]], 5, [EOS], uniforms=u[None])[0] for u in uniforms]
+
+
 def test_cached_random_sampling_equals_recomputation():
     net = make()
     for seed, top_p in ((0, 1.0), (1, 0.7)):

@@ -218,6 +218,41 @@ def test_gradients_are_clipped_to_the_norm_given():
     assert norm > 1 and seen == [pytest.approx(1.0, rel=1e-4)]
 
 
+def test_a_step_waits_for_the_device_twice(monkeypatch):
+    """Before the optimizer's step, and after it; the metrics need no more. What waits on a GPU is
+    counted on the CPU: copies to the host, and operations whose result's size depends on values."""
+    waits = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "equal", "is_nonzero"}
+    seen = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.__name__.split(".")[0]
+            indices = args[1] if name == "index" else []
+            by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+            if name in waits or by_mask:
+                seen.append(name)
+            return function(*args, **(kwargs or {}))
+
+    for name in ("tolist", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, original=original, name=name):
+            seen.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    model, pairs = make(), token_pairs()
+    optimizer, ref = optimizer_of(model), reference(model, pairs)
+    batches = data.step_batches(pairs, 0, len(pairs), 2, 0, ref)
+    scaler, loss = torch.amp.GradScaler("cpu", enabled=False), train.preference_loss(0.1, 5.0)
+    seen.clear()
+    with Waits():
+        _, _, columns = train.train_step(model, optimizer, scaler, batches, loss, 1.0, PLAIN)
+    assert len(batches) > 1 and seen == ["tolist", "cpu", "_local_scalar_dense"]
+    # the last is of a tensor that is on the CPU already, as are the metrics' columns
+    assert columns.device == CPU
+
+
 def test_gradients_are_clipped_after_the_scaler_is_taken_out():
     model, pairs, seen = make(), token_pairs(), []
     optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -248,13 +283,13 @@ def test_weights_that_are_no_numbers_leave_the_last_state(tmp_path):
     step(model, optimizer, token_pairs(), None, loss=train.sft_loss)
     with stage(tmp_path, model, optimizer) as sft:
         for _ in range(6):
-            sft.finish_step({"loss": 1.0})
+            sft.finish_step({"loss": 1.0}, tokens=7)
     message = "sft step 7: embedding.weight holds weights that are no numbers; step 6 was saved, in"
     with pytest.raises(FloatingPointError, match=message), stage(tmp_path, model, optimizer) as sft:
         assert sft.first_step == 6
         with torch.no_grad():
             model.embedding.weight[3, 3] = torch.nan
-        sft.finish_step({"loss": 1.0})
+        sft.finish_step({"loss": 1.0}, tokens=7)
     assert torch.load(tmp_path / "state.pt")["step"] == 6
 
 
