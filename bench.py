@@ -77,7 +77,7 @@ class Config:
     batch_size: int = like(TrainConfig, "batch_size", 8)
     micro_batch_size: int = like(TrainConfig, "micro_batch_size", 2)
     eval_prompts: int = flag(32, "with --sampling: prompts", above=0)
-    max_new_tokens: int = flag(128, "with --sampling: tokens of each answer", above=0)
+    max_new_tokens: int = flag(128, "tokens of each sampled answer", above=0)
     seed: int = like(TrainConfig, "seed", 0)
     device: str = like(TrainConfig, "device", "auto")
     dtype: str = like(TrainConfig, "dtype", "auto")

@@ -387,8 +387,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, target):
-        at_once = LOGITS_AT_ONCE * (4 if hidden.is_cuda else 1)  # a GPU wants more
-        ctx.size = max(1, at_once // len(head))
+        ctx.size = max(1, LOGITS_AT_ONCE // len(head))
         ctx.dtype = product_type(hidden)
         ctx.is_frozen = not ctx.needs_input_grad[1]
         weight, logps, directions = head.to(ctx.dtype), [], []

@@ -90,7 +90,7 @@ def load(model, folder):
         try:
             copy_tensor(path, name, weights[name], tied=False)
         except ValueError as e:
-            raise ValueError(f"{e}; the adapters seem to belong to another model")
+            raise ValueError(f"{e}; they were made for another model or rank")
         other = name.translate(str.maketrans("AB", "BA"))
         if other not in names:
             raise ValueError(f"{path}: {name} is there and {other} is missing; expected both")

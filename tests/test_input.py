@@ -470,3 +470,21 @@ def test_the_script_itself_exits_with_2():
         and done.stderr.startswith("train.py: error: argument --pairs")
         and done.stdout == ""
     )
+
+
+@pytest.mark.parametrize(
+    "flags, idle, other",
+    [
+        (["--prompt", "x", "--export", "y"], "--export", "--prompt"),
+        (["--export", "x", "--export_adapter", "y"], "--export_adapter", "--export"),
+        (["--export_adapter", "x", "--verbose"], "--verbose", "--export_adapter"),
+    ],
+)
+def test_a_flag_that_does_nothing_beside_another_is_refused(flags, idle, other, capsys):
+    said = complaint(eval_room.main, ["run", *flags], capsys)
+    assert f"{idle} does nothing beside {other}; leave one of them out" in said
+
+
+def test_a_flag_that_needs_another_is_refused_alone(capsys):
+    said = complaint(eval_room.main, ["run", "--export_dtype", "float16"], capsys)
+    assert "--export_dtype does nothing without --export" in said

@@ -200,6 +200,7 @@ REFUSED = {
     "no-base": (dict(base_model_name_or_path=...), "base_model_name_or_path is null; expected str"),
     "pissa": (dict(init_lora_weights="pissa"), 'init_lora_weights is "pissa"; expected true'),
     "another-rank": (dict(r=3), "lora_A.weight is (4, 40) of F32; expected (3, 40) of"),
+    "base-gone": (dict(base_model_name_or_path="/gone"), "its base_model_name_or_path is /gone"),
 }
 
 
