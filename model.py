@@ -31,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+SHORT = 64  # tokens of sequences whose padding costs less than calls for each of them
 LOGITS_AT_ONCE = 2**25  # elements; the head works through the answer tokens in chunks of this size
 
 
@@ -300,9 +301,10 @@ class Transformer(nn.Module):
         return logps.new_zeros(rows.answers).index_add(0, rows.answer, logps)
 
     def attended(self, rows):
-        """(sequences, slot) of rows, see `hidden`. A CPU takes sequences one by one; all together,
+        """(sequences, slot) of rows, see `hidden`. A CPU takes long sequences one by one. Together,
         with their padding, they are one call for a GPU, and one graph for a compiled block."""
-        if rows.tokens.device.type == "cpu" and not self.compiled:
+        is_long = rows.sequences.shape[1] > SHORT
+        if is_long and rows.tokens.device.type == "cpu" and not self.compiled:
             return without_padding(rows)
         return [rows.sequences], rows.slot
 

@@ -32,7 +32,7 @@ class Stage:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.state_file, self.log_file = folder / "state.pt", folder / "metrics.jsonl"
         self.first_step = self.saved_step = self.steps_done = self.restore()
-        self.saved_at = self.began_at = time.monotonic()
+        self.saved_at, self.began_at = time.monotonic(), time.perf_counter()
         self.tokens = 0  # since then
 
     def __enter__(self):
@@ -71,7 +71,7 @@ class Stage:
         }
         shown = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
         self.tokens += tokens * parallel.size()
-        shown["tokens/s"] = f"{self.tokens / (time.monotonic() - self.began_at):.0f}"
+        shown["tokens/s"] = f"{self.tokens / (time.perf_counter() - self.began_at):.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         device = next(self.model.parameters()).device

@@ -58,8 +58,10 @@ def gradients(net, value):
 VARIANTS = [{}, {"tied_head": True}, {"qkv_bias": True}, {"n_kv_head": 4}, {"n_kv_head": 1}]
 
 
+@pytest.mark.parametrize("short", [0, 64], ids=["alone", "padded"])
 @pytest.mark.parametrize("sizes", VARIANTS, ids=str)
-def test_packed_rows_equal_separate_sequences(sizes):
+def test_packed_rows_equal_separate_sequences(sizes, short, monkeypatch):
+    monkeypatch.setattr(room, "SHORT", short)  # see Transformer.attended
     net, rows = make(**sizes), examples()
     (x, (y, z)), (_, others) = rows[:2]  # rows that begin alike: in the prompt, and beyond it
     rows += [(x, others), (x + y[:-1], [[1, *z], z])]
