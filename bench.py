@@ -25,10 +25,11 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 from unittest import mock
 
 from lib import initial, lora, memory, peers, policy
-from lib.device import autocast, clock, give_back, prepare, settle, tune_cpu
+from lib.device import autocast, clock, give_back, pick_device, prepare, settle, tune_cpu
 from lib.flags import flag, like, parse, run
 from lib.settings import SIZE_FLAGS, TrainConfig, usual_alpha
 
@@ -88,14 +89,16 @@ class Config:
     )
     devices: int = flag(1, "with --memory: processes that share the model (--fsdp)", above=0)
 
-    IDLE = {  # noqa: RUF012
-        "memory": ("table", "sampling", "vs", "rounds"),
+    IDLE: ClassVar = {
+        "memory": ("table", "sampling", "vs", "rounds", "compile"),
         "table": ("sampling", "vs", "init_from"),
         "init_from": SIZE_FLAGS,
         "data": ("prompt_tokens", "answer_tokens"),
-        "sampling": ("steps", "batch_size", "micro_batch_size", "checkpointing", "answer_tokens"),
-    }
-    NEEDS = {  # noqa: RUF012
+        "sampling": (
+            "steps", "batch_size", "micro_batch_size", "checkpointing", "compile", "answer_tokens",
+        ),
+    }  # fmt: skip
+    NEEDS: ClassVar = {
         "data": "init_from",
         "max_length": "data",
         "devices": "memory",
@@ -140,12 +143,8 @@ def make_prompts(c):
     """c.eval_prompts prompts, token ids."""
     if not c.data:
         return [pair.x for pair in random_pairs(replace(c, steps=1, batch_size=c.eval_prompts))]
-    split = data.load(c.data)["test"]
-    return list(
-        data.prompts(
-            split, initial.tokenizer_of(c.init_from), c.max_length, c.eval_prompts
-        ).values()
-    )
+    split, tokenizer = data.load(c.data)["test"], initial.tokenizer_of(c.init_from)
+    return list(data.prompts(split, tokenizer, c.max_length, c.eval_prompts).values())
 
 
 def random_pairs(c):
@@ -234,7 +233,7 @@ def ours(c, pairs):
     """The figures of train.py's step."""
     tune_cpu()
     torch.manual_seed(c.seed)
-    device, steps = torch.device(c.device), data.steps_per_epoch(pairs, c.batch_size)
+    device, steps = pick_device(c.device), data.steps_per_epoch(pairs, c.batch_size)
     model = prepare(make_model(c, device), c)
     pairs = data.TokenPairs(pairs)
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
@@ -270,7 +269,7 @@ def our_samples(c, prompts):
     """The figures of sampling as evaluation does it: weights in the type of their products."""
     tune_cpu()
     torch.manual_seed(c.seed)
-    device, settings = torch.device(c.device), TrainConfig(max_new_tokens=c.max_new_tokens)
+    device, settings = pick_device(c.device), TrainConfig(max_new_tokens=c.max_new_tokens)
     model = policy.for_inference(make_model(c, device), device, c.dtype)
     sample = functools.partial(
         policy.sample_answers, model, ends=[-1], settings=settings, device=device, dtype=c.dtype
@@ -355,10 +354,8 @@ def print_comparison(config):
     measures = {"ours": our_samples if config.sampling else ours}
     if config.vs:
         measures[config.vs] = {"trl": trl, "transformers": transformers}[config.vs]
-    work, results = (
-        (make_prompts if config.sampling else make_pairs)(config),
-        {name: [] for name in measures},
-    )
+    work = make_prompts(config) if config.sampling else make_pairs(config)
+    results = {name: [] for name in measures}
     for _ in range(config.rounds):
         for name, measure in measures.items():
             theirs = {} if name == "ours" else peers.ENVIRONMENT
@@ -400,10 +397,23 @@ def refuse(config):
             "torchrun starts this once a process, and each would measure alone; "
             "expected python bench.py"
         )
-    if config.vs and (config.vs == "transformers") != config.sampling:
+    if not config.vs:
+        return
+    if (config.vs == "transformers") != config.sampling:
         raise ValueError("--vs trl compares training, and --vs transformers needs --sampling")
-    if config.vs and not importlib.util.find_spec(config.vs):
-        raise ValueError(f"--vs {config.vs} needs that library: pip install {config.vs}")
+    for library in (config.vs, *["peft"] * bool(config.lora_rank)):
+        if not importlib.util.find_spec(library):
+            raise ValueError(f"--vs {config.vs} needs {library}: pip install {library}")
+    if config.init_from and policy.our_checkpoint(initial.source_of(config.init_from)):
+        raise ValueError(
+            f"--vs {config.vs}: {config.init_from} is a checkpoint of ours; expected a Hugging "
+            "Face folder (eval.py --export makes one of it)"
+        )
+    if config.batch_size % config.trl_batch_size:
+        raise ValueError(
+            f"--trl_batch_size {config.trl_batch_size}: expected a divisor of --batch_size "
+            f"{config.batch_size}"
+        )
 
 
 def main(argv=None):

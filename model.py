@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-SHORT = 64  # tokens of sequences whose padding costs less than calls for each of them
+SHORT = 64  # tokens: up to here padding costs less than a call for each sequence
 LOGITS_AT_ONCE = 2**25  # elements; the head works through the answer tokens in chunks of this size
 
 
@@ -91,14 +91,14 @@ class Rows(NamedTuple):
 
     tokens: torch.Tensor  # (T,) row after row; what an earlier row begins with too is left out
     position: torch.Tensor  # (T,) where in its row a token stands, from 0
-    # (A, L) which tokens attention sees, an answer a line; the last is repeated as padding, so that
-    # its gradient is not that of one token for all sequences
+    # (A, L) which tokens attention sees, an answer a line, padded with its own last one: were it
+    # one token for all lines, the backward pass would add all paddings to one place in memory
     sequences: torch.Tensor
     slot: torch.Tensor  # (T,) where in sequences.flatten() a token stands (its first place there)
     predictor: torch.Tensor  # (N,) which of the T tokens predicts the n-th answer token
     target: torch.Tensor  # (N,) the n-th answer token
     answer: torch.Tensor  # (N,) which of the A answers it belongs to
-    lengths: list  # of the A sequences, without their padding
+    lengths: list  # [A ints] tokens of each sequence, without its padding
     answers: int  # A
 
 

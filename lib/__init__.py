@@ -14,9 +14,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 # On a CPU, bfloat16 products compile code for each new shape, half a megabyte each time, and keep
 # the last 1,024 in two places. Rows have ever new lengths, so that few are used again.
-for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(kept, "64")
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+for cache in CACHES:
+    os.environ.setdefault(cache, "64")
 
 # On a GPU rows of ever new lengths would leave holes in memory that nothing fits into.
-if sys.platform == "linux":
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its earlier name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

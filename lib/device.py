@@ -1,6 +1,7 @@
 """The machine: which device, which type of numbers, and what a process that trains needs."""
 
 import ctypes
+import platform
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ import torch
 MOST_FREE = 2**29  # bytes that the heap keeps from step to step
 LARGE = 256  # rows and columns of a factor that oneDNN multiplies with
 LARGEST = 2**22  # elements of a factor that it may copy
-ATEN = []  # what replaces PyTorch's own functions
+ATEN = []  # what replaces functions of PyTorch; they do so as long as it is kept
 
 
 def pick_device(name):
@@ -34,7 +35,7 @@ def pick_device(name):
 def tune_cuda():
     """What every process that computes on a GPU wants and does not get by default."""
     torch.set_float32_matmul_precision("high")  # what is left in float32 goes through TF32
-    # cuDNN's attention makes a plan for each new length, which takes longer than to attend
+    # cuDNN's attention makes a plan for each new length: tens of milliseconds and more
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -90,9 +91,13 @@ def tune_cpu():
 
 
 def onednn_products():
-    """From now on float32 products are oneDNN's. By itself PyTorch takes MKL's, which on
-    AMD's processors use half of the width that newer ones have."""
-    if ATEN or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """From now on large products of float32 matrices are computed by oneDNN, where `by_onednn` says
+    so. By itself PyTorch takes MKL, which on AMD's newer processors uses half of their width.
+
+    torch.mm and torch.addmm of PyTorch itself are replaced, so that layers and gradients need not
+    know of it. The operator is a private one; where it is missing, all stays as it was."""
+    is_known = platform.machine().lower() in ("x86_64", "amd64")  # nobody measured others
+    if ATEN or not is_known or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     ATEN.append(torch.library.Library("aten", "IMPL"))
     with warnings.catch_warnings():
@@ -122,10 +127,11 @@ def by_onednn(a, b):
     rows; and it copies a transposed a, which may take too much memory."""
     fits = a.dtype == b.dtype == torch.float32 and a.shape[1] == len(b)
     fits = fits and (a.is_contiguous() or a.numel() < LARGEST)
-    return fits and min(b.shape) >= LARGE and a.numel() and is_dense(a) and is_dense(b)
+    return fits and min(b.shape) >= LARGE and a.numel() > 0 and is_dense(a) and is_dense(b)
 
 
 def is_dense(x):
+    """Whether the matrix or its transpose lies in memory without gaps."""
     return x.is_contiguous() or x.T.is_contiguous()
 
 

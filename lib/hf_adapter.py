@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from lib import checkpoint
-from lib.hf_weights import copy_tensor, safetensors_library, tensor_names
+from lib.hf_weights import copy_tensor, safetensors_library, tensor_header, tensor_names
 
 import torch
 
@@ -87,10 +87,13 @@ def load(model, folder):
             raise ValueError(
                 f"{path}: {name} has no place; expected adapters on linear layers of Llama's blocks"
             )
-        try:
-            copy_tensor(path, name, weights[name], tied=False)
-        except ValueError as e:
-            raise ValueError(f"{e}; they were made for another model or rank")
+        shape, kind = tensor_header(path, name)
+        if shape != weights[name].shape:
+            raise ValueError(
+                f"{path}: {name} is {shape} of {kind}; expected {tuple(weights[name].shape)} of "
+                "numbers: the adapters were made for another model or rank"
+            )
+        copy_tensor(path, name, weights[name], tied=False)
         other = name.translate(str.maketrans("AB", "BA"))
         if other not in names:
             raise ValueError(f"{path}: {name} is there and {other} is missing; expected both")

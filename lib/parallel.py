@@ -130,12 +130,12 @@ def gather(loss, columns, n):
     """The whole step's loss, and the columns of its n pairs, (k, n), on the CPU.
 
     loss: this process's. columns (k, B): of its pairs, which are every size-th one. All go to the
-    others and to the CPU together: each way is waited for once.
+    others and to the CPU in one piece, so that the device is waited for once.
     """
     whole = columns.new_zeros(len(columns), n)
     whole[:, rank() :: size()] = columns
-    loss, *columns = total(torch.cat((loss[None], whole.flatten()))).cpu().split((1, whole.numel()))
-    return loss.item(), columns[0].view_as(whole)
+    numbers = total(torch.cat((loss[None], whole.flatten()))).cpu()
+    return numbers[0].item(), numbers[1:].view_as(whole)
 
 
 def end_inference(model):

@@ -1,4 +1,4 @@
-"""TRL and transformers with the same model, pairs and prompts: what bench.py compares with.
+"""TRL and transformers with the same model, pairs and prompts: bench.py compares with them.
 
 Both get their best settings. TRL computes the reference's log-probabilities ahead, and keeps
 activations unless --checkpointing. What lib/device.py:keep_memory sets for our process is not set
@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from itertools import pairwise
 
-from lib import hub
+from lib import CACHES, hub
 from lib.device import clock
 from lib.settings import usual_alpha
 
@@ -21,8 +21,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 ENVIRONMENT = {
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024",
-    "LRU_CACHE_CAPACITY": "1024",
+    **dict.fromkeys(CACHES, "1024"),
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

@@ -1,6 +1,7 @@
 """Every flag of train.py and eval.py, declared once: help, bounds and default."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lib.chat import TEMPLATES
 from lib.flags import flag
@@ -9,6 +10,10 @@ from safedpo import PAIR_CHOICES
 
 MODELS = ("reference", "policy")
 JUDGES = ("reward_model", "cost_model", "scores")
+SAMPLING = (
+    "seed", "eval_prompts", "temperature", "top_k", "top_p", "max_new_tokens", "sample_length",
+)  # fmt: skip
+SHOWN = (*JUDGES, "json", "plot", "verbose")  # flags of eval.py's table
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ class TrainConfig(Settings):
     compile: bool = flag(None, "torch.compile; left out: on CUDA only", kind=bool)
     checkpointing: bool = flag(
         False,
-        "compute a block's inner values again in the backward pass: less memory, a third slower",
+        "compute a block's inner values again in the backward pass: less memory, up to a third "
+        "slower",
     )
     fsdp: bool = flag(
         False, "under torchrun: shard the model over the processes instead of a copy on each"
@@ -192,12 +198,12 @@ class EvalConfig(Settings):
         "", "draw helpfulness against harmless ratio into this .png, .svg or .pdf", path=True
     )
 
-    IDLE = {  # noqa: RUF012
-        "prompt": ("export", "export_adapter", "data", "split", *JUDGES, "json", "plot", "verbose"),
-        "export": ("export_adapter", "split", *JUDGES, "json", "plot", "verbose"),
-        "export_adapter": ("data", "split", *JUDGES, "json", "plot", "verbose"),
+    IDLE: ClassVar = {
+        "prompt": ("export", "export_adapter", "data", "split", *SHOWN),
+        "export": ("export_adapter", "split", "dtype", *SAMPLING, *SHOWN),
+        "export_adapter": ("data", "split", "dtype", "device", *SAMPLING, *SHOWN),
     }
-    NEEDS = {"export_dtype": "export"}  # noqa: RUF012
+    NEEDS: ClassVar = {"export_dtype": "export"}
 
 
 def usual_alpha(rank):
@@ -205,9 +211,6 @@ def usual_alpha(rank):
     return 2.0 * rank
 
 
-SAMPLING = (
-    "seed", "eval_prompts", "temperature", "top_k", "top_p", "max_new_tokens", "sample_length",
-)  # fmt: skip
 # a checkpoint brings its own
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
 # may change on --resume: the gradients are the same

@@ -135,6 +135,7 @@ def test_memory_is_that_of_the_process():
         ("--data x", "--data does nothing without --init_from"),
         ("--devices 2", "--devices does nothing without --memory"),
         ("--eval_prompts 2", "--eval_prompts does nothing without --sampling"),
+        ("--sampling --compile", "--compile does nothing beside --sampling"),
         ("--vs transformers", "--vs transformers needs --sampling"),
         ("--memory --init_from gone", "--init_from gone: no such file or folder"),
     ],

@@ -284,6 +284,7 @@ def test_weights_that_are_no_numbers_leave_the_last_state(tmp_path):
     with stage(tmp_path, model, optimizer) as sft:
         for _ in range(6):
             sft.finish_step({"loss": 1.0}, tokens=7)
+            assert "tokens/s=" in sft.bar.postfix
     message = "sft step 7: embedding.weight holds weights that are no numbers; step 6 was saved, in"
     with pytest.raises(FloatingPointError, match=message), stage(tmp_path, model, optimizer) as sft:
         assert sft.first_step == 6

@@ -92,5 +92,5 @@ def test_rows_of_all_lengths_share_two_graphs(tmp_path, kind, dtype):
     processes = 2 if kind in ("ddp", "fsdp") else 1
     ended = torchrun(kind, dtype, script=script, processes=processes)
     assert ended.returncode == 0, ended.stderr
-    graphs, breaks, losses = map(int, ended.stdout.split())
+    graphs, breaks, losses = map(int, ended.stdout.splitlines()[-1].split())  # gloo may talk
     assert (graphs, breaks) == (2, 0) and losses > 25

@@ -11,9 +11,10 @@ from lib.policy import log_probs
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, complaint
 from test_peers import EOS, both, copy_weights
 
+import bench
 import data
 import train
 from safedpo import Pair
@@ -39,6 +40,18 @@ def token_pairs(n=8):
         return torch.randint(1, EOS, (length,), generator=g).tolist()
 
     return data.TokenPairs(Pair(ids(), ids() + [EOS], ids() + [EOS], 0, i % 2) for i in range(n))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--trl_batch_size", "3"], "--trl_batch_size 3: expected a divisor of --batch_size 8"),
+        (["--init_from", "RUN"], "is a checkpoint of ours; expected a Hugging Face folder"),
+    ],
+)
+def test_what_trl_cannot_take_is_said(flags, message, finished, capsys):
+    flags = [str(finished) if flag == "RUN" else flag for flag in flags]
+    assert message in complaint(bench.main, ["--vs", "trl", *flags], capsys)
 
 
 @pytest.mark.parametrize("delta", [0.0, 5.0])
