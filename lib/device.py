@@ -66,7 +66,7 @@ def autocast(device, dtype):
 def prepare(model, config):
     """The model, ready to be trained as the flags say."""
     if not config.device.startswith("cuda"):
-        keep_memory()
+        use_cpu(model)
     hold_frozen(model, getattr(torch, config.dtype))
     model.checkpointing = config.checkpointing
     model.compiled = config.compile
@@ -87,7 +87,13 @@ def tune_cpu():
     """What every process that computes on a CPU wants and does not get by default."""
     # pairs the model is sure of have gradients so small that a CPU computes them slowly
     torch.set_flush_denormal(True)
-    onednn_products()
+
+
+def use_cpu(model):
+    """What a process wants that computes with this model on a CPU."""
+    keep_memory()
+    if model.config.d_model >= LARGE:  # a small model would only pay for the question
+        onednn_products()
 
 
 def onednn_products():

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict
 
 from lib import checkpoint, hub, lora, parallel, pretrained
-from lib.device import autocast, give_back, keep_memory
+from lib.device import autocast, give_back, use_cpu
 from lib.hf_weights import hold
 from lib.sampling import generate
 from lib.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def load_model(path, device, dtype="float32"):
 def for_inference(model, device, dtype):
     """The model in eval mode on the device, its matrices in dtype, but adapters in float32."""
     if torch.device(device).type == "cpu":
-        keep_memory()
+        use_cpu(model)
     model = hold(model, getattr(torch, dtype)).to(device).eval()
     give_back(most_free=0)  # what an earlier model took, or this one's wider type
     return model

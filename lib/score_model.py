@@ -1,6 +1,7 @@
 """Score models, which judge answers: reward and cost models, from Hugging Face folders."""
 
 from lib import hub
+from lib.device import use_cpu
 from lib.hf_config import read_config
 from lib.hf_tokenizer import load_tokenizer
 from lib.hf_weights import HEAD, empty_model, load_weights, weight_files, weights_by_hf_name
@@ -65,4 +66,6 @@ def load_judge(folder, template, answers, device, dtype="float32"):
     else:
         nn.init.zeros_(model.head.bias)
     load_weights(weights, files, ignored=("normalizer.", "lm_head."))
+    if torch.device(device).type == "cpu":
+        use_cpu(model)
     return model.eval(), examples

@@ -89,17 +89,20 @@ def test_types_that_do_not_fit_are_refused_as_before(counted):
         matrix(LARGE, LARGE) @ matrix(LARGE + 1, LARGE)
 
 
-def test_nothing_is_said_and_nothing_changes_where_nobody_asks():
+def test_only_a_process_with_a_wide_model_has_other_products():
     program = (
-        "import torch, model, train\n"
+        "import torch, train\n"
         "from lib import device\n"
+        "from model import ModelConfig, Transformer\n"
         "a = torch.randn(300, 300)\n"
         "before = a @ a\n"
-        "print(bool(device.ATEN))\n"
         "device.tune_cpu()\n"
-        "device.tune_cpu()\n"
+        "for width in (128, 128, device.LARGE, device.LARGE):\n"
+        "    device.use_cpu(Transformer(ModelConfig(300, d_model=width)))\n"
+        "    print(bool(device.ATEN))\n"
         "print(torch.allclose(a @ a, before, atol=1e-3))\n"
     )
     command = [sys.executable, "-W", "error", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["False", "True"] and not done.stderr, done.stderr
+    assert done.stdout.split() == ["False", "False", "True", "True", "True"], done.stderr
+    assert not done.stderr
