@@ -9,6 +9,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+from model import ModelConfig, Transformer
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch has no oneDNN here"
+)
+
 
 @pytest.fixture
 def counted(monkeypatch):
@@ -97,6 +103,7 @@ def test_only_a_process_with_a_wide_model_has_other_products():
         "a = torch.randn(300, 300)\n"
         "before = a @ a\n"
         "device.tune_cpu()\n"
+        "device.is_amd = lambda: True\n"
         "for width in (128, 128, device.LARGE, device.LARGE):\n"
         "    device.use_cpu(Transformer(ModelConfig(300, d_model=width)))\n"
         "    print(bool(device.ATEN))\n"
@@ -106,3 +113,13 @@ def test_only_a_process_with_a_wide_model_has_other_products():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False", "True", "True", "True"], done.stderr
     assert not done.stderr
+
+
+def test_other_makers_processors_keep_pytorchs_products(monkeypatch):
+    asked = []
+    monkeypatch.setattr(device, "onednn_products", lambda: asked.append(True))
+    wide = Transformer(ModelConfig(300, n_layer=1, d_model=LARGE))
+    for amd in (False, True):
+        monkeypatch.setattr(device, "is_amd", lambda amd=amd: amd)
+        device.use_cpu(wide)
+        assert bool(asked) == amd

@@ -71,7 +71,8 @@ def test_packed_rows_equal_separate_sequences(sizes, short, monkeypatch):
     for a, b in zip(
         gradients(net, (packed * weight).sum()), gradients(net, (plain * weight).sum())
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        # a gradient is a sum of many parts: its rounding is that of its largest numbers
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max()))
 
 
 def test_row_order_batch_mates_and_padding_change_nothing():

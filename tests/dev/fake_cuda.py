@@ -5,8 +5,9 @@ tests, for it needs g++:
 
 PyTorch's fake tensors have a shape, a type and a device, and no values. Here their device is CUDA:
 steps of SFT and SafeDPO, adapters, the reference pass and sampling run on them in float32, float16
-(with a scaler) and bfloat16. It fails where an operation mixes devices, where a weight or a state of
-the optimizer is elsewhere, where a matrix product has another type than it should have, and where the device is waited for more often than said. It says nothing about values or speed.
+(with a scaler) and bfloat16. It fails where an operation mixes devices, where a weight or a state
+of the optimizer is elsewhere, where a matrix product has another type than it should have, and
+where the device is waited for more often than said. It says nothing about values or speed.
 """
 
 import collections
