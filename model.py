@@ -363,9 +363,12 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors[0].chunk(2, -1)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat((grad_gate, grad * F.silu(gate)), -1)
+        (gate_up,) = ctx.saved_tensors
+        both = torch.empty_like(gate_up)  # filled in place: joining two would copy them
+        (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, -1), both.chunk(2, -1)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        return both
 
 
 def product_type(x):
@@ -392,8 +395,9 @@ class TokenLogps(torch.autograd.Function):
         ctx.size = max(1, LOGITS_AT_ONCE // len(head))
         ctx.dtype = product_type(hidden)
         ctx.is_frozen = not ctx.needs_input_grad[1]
-        weight, logps, directions = head.to(ctx.dtype), [], []
-        for h, t in zip(hidden.to(ctx.dtype).split(ctx.size), target.split(ctx.size)):
+        hidden, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
+        logps, directions = [], []
+        for h, t in zip(hidden.split(ctx.size), target.split(ctx.size)):
             p, of_chunk = TokenLogps.softmax(h, weight, t)
             logps.append(of_chunk)
             if ctx.is_frozen and ctx.needs_input_grad[0]:
@@ -401,7 +405,8 @@ class TokenLogps(torch.autograd.Function):
         if ctx.is_frozen:
             ctx.save_for_backward(torch.cat(directions) if directions else None)
         else:
-            ctx.save_for_backward(hidden, head, target, p if len(logps) == 1 else None)
+            ctx.head_dtype = head.dtype
+            ctx.save_for_backward(hidden, weight, target, p if len(logps) == 1 else None)
         return torch.cat(logps)
 
     @staticmethod
@@ -419,8 +424,7 @@ class TokenLogps(torch.autograd.Function):
         if ctx.is_frozen:
             (directions,) = ctx.saved_tensors
             return directions * grad[:, None], None, None
-        hidden, head, target, only_chunk = ctx.saved_tensors
-        hidden, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
+        hidden, weight, target, only_chunk = ctx.saved_tensors
         grad_hidden, grad_head = [], None
         for h, t, g in zip(*(x.split(ctx.size) for x in (hidden, target, grad))):
             p = TokenLogps.softmax(h, weight, t)[0] if only_chunk is None else only_chunk
@@ -433,4 +437,4 @@ class TokenLogps(torch.autograd.Function):
                 grad_head.addmm_(grad_logits.T, h)  # as large as the head: there is no second one
             else:
                 grad_head.add_(grad_logits.T @ h)
-        return torch.cat(grad_hidden), grad_head.to(head.dtype), None
+        return torch.cat(grad_hidden), grad_head.to(ctx.head_dtype), None
