@@ -180,10 +180,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()  # the mean of squares overflows in fp16
-        return self.weight * (
-            x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + self.eps)
-        ).type_as(x)
+        return Normed.apply(x, self.weight, self.eps)
 
 
 def rotate(x, cos, sin):
@@ -352,6 +349,32 @@ class Transformer(nn.Module):
 # Gradients that are written out, for the memory that autograd would take
 
 
+class Normed(torch.autograd.Function):
+    """weight · x̂ with x̂ = x / √(mean x² + ε) of x (…, d). Autograd would keep x̂ too.
+
+    ∂/∂x is (w·g − x̂ · mean(w·g·x̂)) / √(mean x² + ε) where g is the gradient that comes in.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x32 = x.float()  # squares overflow in fp16
+        square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square()
+        r = torch.rsqrt(square / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return weight * (x32 * r).type_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        normed, grad = x.float() * r, grad.float()
+        along, grad_weight = grad * normed, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = along.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (along @ weight.float())[..., None] / x.shape[-1]
+        grad_x = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(r)
+        return grad_x.type_as(x), grad_weight, None
+
+
 class Gated(torch.autograd.Function):
     """silu(gate) · up of gate_up (T, 2·d_ff): (T, d_ff). Autograd would keep silu(gate) too."""
 
@@ -363,12 +386,9 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
-        both = torch.empty_like(gate_up)  # filled in place: joining two would copy them
-        (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, -1), both.chunk(2, -1)
-        torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        return both
+        gate, up = ctx.saved_tensors[0].chunk(2, -1)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat((grad_gate, grad * F.silu(gate)), -1)
 
 
 def product_type(x):

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as room
-from model import Attention, Gated, ModelConfig, RMSNorm, TokenLogps, Transformer, pack_rows, rotate
+from model import (
+    Attention,
+    Gated,
+    ModelConfig,
+    Normed,
+    RMSNorm,
+    TokenLogps,
+    Transformer,
+    pack_rows,
+    rotate,
+)
 from safedpo import response_logps
 
 VOCAB, EOS = 50, 49
@@ -158,6 +168,35 @@ def test_the_gated_product_is_silu_times_up():
     gate, up = x.chunk(2, -1)
     torch.testing.assert_close(Gated.apply(x), F.silu(gate) * up)
     assert torch.autograd.gradcheck(Gated.apply, (x,))
+
+
+def test_the_norm_divides_by_the_root_of_the_mean_square():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 6), torch.randn(6)
+    x.requires_grad_(), weight.requires_grad_()
+    expected = F.rms_norm(x, (6,), weight, 0.1)
+    torch.testing.assert_close(Normed.apply(x, weight, 0.1), expected)
+    direction = torch.randn(2, 5, 6)
+    of_ours = torch.autograd.grad((Normed.apply(x, weight, 0.1) * direction).sum(), (x, weight))
+    for a, b in zip(of_ours, torch.autograd.grad((expected * direction).sum(), (x, weight))):
+        torch.testing.assert_close(a, b)
+    (of_ours,) = torch.autograd.grad((Normed.apply(x, weight.detach(), 0.1) * direction).sum(), x)
+    (frozen,) = torch.autograd.grad((F.rms_norm(x, (6,), weight, 0.1) * direction).sum(), x)
+    torch.testing.assert_close(of_ours, frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_narrow_numbers_is_computed_in_float32(dtype):
+    x = torch.tensor([[300.0, -400.0]], dtype=dtype, requires_grad=True)  # squares: no fp16
+    normed = Normed.apply(x, torch.ones(2, dtype=dtype), 0.0)
+    assert normed.dtype == dtype
+    torch.testing.assert_close(
+        normed.float(), torch.tensor([[0.6, -0.8]]) * 2**0.5, rtol=1e-2, atol=0
+    )
+    normed.backward(torch.tensor([[1.0, 0.0]], dtype=dtype))
+    expected = torch.tensor([[0.64, 0.48]]) * 2**0.5 / 500  # (1 - 0.6²)/|x|, 0.6 · 0.8/|x|
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(x.grad.float(), expected, rtol=1e-2, atol=0)
 
 
 class Largest(TorchDispatchMode):
