@@ -202,6 +202,7 @@ class EvalConfig(Settings):
         "prompt": ("export", "export_adapter", "data", "split", *SHOWN),
         "export": ("export_adapter", "split", "dtype", *SAMPLING, *SHOWN),
         "export_adapter": ("data", "split", "dtype", "device", *SAMPLING, *SHOWN),
+        "scores": ("reward_model", "cost_model", "judge_template"),
     }
     NEEDS: ClassVar = {"export_dtype": "export"}
 
