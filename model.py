@@ -350,9 +350,9 @@ class Transformer(nn.Module):
 
 
 class Normed(torch.autograd.Function):
-    """weight · x̂ with x̂ = x / √(mean x² + ε) of x (…, d). Autograd would keep x̂ too.
+    """w · x̂ of x (…, d) and w (d,): (…, d), with x̂ = x / √(mean x² + ε). Autograd would keep x̂ too.
 
-    ∂/∂x is (w·g − x̂ · mean(w·g·x̂)) / √(mean x² + ε) where g is the gradient that comes in.
+    The gradient of x is (w·g − x̂ · mean(w·g·x̂)) / √(mean x² + ε), where g is that of the result.
     """
 
     @staticmethod
