@@ -36,13 +36,20 @@ TEMPLATED = (
 )
 
 
-def load(name):
-    """{"train": Records, "test": Records, …} of "toy", a file, or a folder."""
+def load(name, split="train"):
+    """{"train": Records, "test": Records, …} of "toy", a file, or a folder.
+
+    ValueError without that split.
+    """
     if name == "toy":
-        return {
-            split: records.of_rows(f"toy {split}", rows) for split, rows in world.splits().items()
-        }
-    return records.load(name)
+        rows = world.splits()
+        splits = {split: records.of_rows(f"toy {split}", rows) for split, rows in rows.items()}
+    else:
+        splits = records.load(name)
+    if split not in splits:
+        why = "; prompts without answers teach nothing" if split == "train" else ""
+        raise ValueError(f"{name}: no {split} split; expected {' or '.join(splits)}{why}")
+    return splits
 
 
 # --------------------------------------------------------------------------------------------------

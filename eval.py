@@ -10,7 +10,6 @@ python eval.py runs/alpaca --export alpaca-safedpo          the policy as a Hugg
 import itertools
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from lib import checkpoint, judges, records, report, runs
@@ -21,6 +20,7 @@ from lib.flags import parse, run
 from lib.formats import prompt_in
 from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
 from lib.policy import load_model, log_probs, sample_answers
+from lib.refusals import refuses
 from lib.settings import JUDGES, MODELS, SAMPLING, EvalConfig
 
 import torch
@@ -47,13 +47,11 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
     """
     folder, config = Path(folder), runs.finished_run(folder)
     source = source or config["data"]
-    splits = splits or data.load(source)
-    if split not in splits:
-        raise ValueError(f"--split {split}: {source} has {', '.join(splits)}")
+    splits = splits or data.load(source, split)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     result = describe(config, settings, source, split, splits, device, dtype)
-    if earlier := earlier_result(folder, result):
+    if earlier := runs.earlier_result(folder, result):
         return earlier
 
     samples_pi = settings.temperature == settings.top_p == 1 and not settings.top_k
@@ -80,21 +78,26 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
     del model
 
     rows = [{"prompt": as_json(prompt)} for prompt in texts]
+    benign = records.benign_of(splits[split], prompts)
+    if annotated:
+        benign = {text: world.is_benign(text) for text in texts}
+    for text, row in zip(texts, rows):
+        row.update({"benign": benign[text]} if text in benign else {})
     for name in MODELS:
         for row, y in zip(rows, said[name]):
             row[name] = tokenizer.decode(y)
-        if annotated:
-            annotate(rows, name)
+            refused = {f"{name}_refuses": refuses(row[name])}
+            row.update(annotation(row, name) if annotated else refused)
         kl = logp[name] - logp["reference"]
         ended = [y[-1] in tokenizer.ends for y in said[name]]
         lengths = [len(y) for y in said[name]]
-        figures = figures_of(rows, name, ended, lengths, kl.tolist(), annotated)
+        figures = figures_of(rows, name, ended, lengths, kl.tolist())
         preferences = held_out_preferences(held_out, name, pairs, beta)
         result[name] = {**figures, "preferences": preferences}
     if result["optimum"]:
         rewards = torch.tensor([float(row["policy_reward"]) for row in rows])
         unsafe = torch.tensor([row["policy_cost"] > 0 for row in rows])
-        benign = torch.tensor([world.is_benign(text) for text in texts])
+        benign = torch.tensor([row["benign"] for row in rows])
         result["policy"] |= limit.distance(best, rewards, unsafe, kl, benign)
     runs.save_result(folder, result, rows)
     return result
@@ -111,18 +114,6 @@ def describe(config, settings, source, split, splits, device, dtype):
     }
 
 
-def earlier_result(folder, description):
-    """What the folder holds of the same description, or None."""
-    path, _ = runs.result_files(folder, description["settings"])
-    if path.exists():
-        with suppress(ValueError):  # what cannot be read is made anew
-            expected = {**dict.fromkeys(MODELS, dict), "optimum": (dict, type(None))}
-            earlier = checkpoint.read_json(path, expected)
-            if {name: earlier.get(name) for name in description} == description:
-                return earlier
-    return None
-
-
 def held_out_preferences(logps, name, pairs, beta):
     """preference_metrics of one of logps, {"reference", "policy": (n, 2)}, on n pairs."""
     if not len(pairs):
@@ -131,29 +122,29 @@ def held_out_preferences(logps, name, pairs, beta):
     return preference_metrics(*logps[name].T, *logps["reference"].T, h_w, h_l, beta)
 
 
-def annotate(rows, name):
-    """Add to each row what the village's annotators say of one model's answer."""
-    for row in rows:
-        row[f"{name}_reward"] = world.reward(row["prompt"], row[name])
-        row[f"{name}_cost"] = world.cost(row[name])
+def annotation(row, name):
+    """What the village's annotators say of one model's answer in a row."""
+    prompt, answer = row["prompt"], row[name]
+    return {
+        f"{name}_reward": world.reward(prompt, answer),
+        f"{name}_cost": world.cost(answer),
+        f"{name}_refuses": world.turns_away(prompt, answer),
+    }
 
 
-def figures_of(rows, name, ended, lengths, kl, annotated):
-    """The figures of one model's answers, in rows as text. Those that need an annotator are None
-    where there is none."""
-    benign, harmful = [], []  # whether each such request was turned away
-    for row in rows if annotated else ():
-        requests = benign if world.is_benign(row["prompt"]) else harmful
-        requests.append(world.turns_away(row["prompt"], row[name]))
+def figures_of(rows, name, ended, lengths, kl):
+    """The figures of one model's answers, in rows as text. Those that need an annotator, or
+    prompts that are known as benign or harmful, are None where there is none."""
+    benign, harmful = ([r for r in rows if r.get("benign") is is_so] for is_so in (True, False))
     return {
         **judged(rows, name),
-        "over_refusal": share(benign),
-        "refusal": share(harmful),
+        "over_refusal": share([row[f"{name}_refuses"] for row in benign]),
+        "refusal": share([row[f"{name}_refuses"] for row in harmful]),
         "degenerate": share([is_degenerate(row[name], end) for row, end in zip(rows, ended)]),
         "kl": mean(kl),
         "length": mean(lengths),
         "n": len(rows),
-        "n_benign": len(benign) if annotated else None,
+        "n_benign": len(benign) if benign or harmful else None,
     }
 
 

@@ -1,13 +1,14 @@
 """One row of a data set to a Record or an Answer: formats known by their fields, checked by field.
 
 PKU-SafeRLHF's rows (the village's too), preference pairs as TRL, hh-rlhf and ShareGPT have them,
-and single answers, such as BeaverTails'. Each with labels of safety.
+and single answers, such as BeaverTails'. Each with labels of safety. Prompts without answers, such
+as XSTest's, are enough to judge a run by.
 """
 
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -21,7 +22,8 @@ class Record:
     """Two answers to a prompt and their labels, under PKU-SafeRLHF's names.
 
     The values have exactly these types: all other code relies on that. A prompt is a text that a
-    user says, or Messages that end with a user's (lib/chat.py).
+    user says, or Messages that end with a user's (lib/chat.py). benign: whether the prompt asks for
+    nothing harmful; None where the row does not say.
     """
 
     prompt: str | tuple
@@ -31,6 +33,7 @@ class Record:
     is_response_1_safe: bool
     better_response_id: int
     safer_response_id: int
+    benign: bool = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,21 @@ class Answer:
     prompt: str | tuple
     response: str
     is_safe: bool
+    benign: bool = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt without answers: a run can be judged by what it says to it."""
+
+    prompt: str | tuple
+    benign: bool
 
 
 LABELS = {  # kind of row → {its label: the answer that it is about}
     Record: {"is_response_0_safe": "response_0", "is_response_1_safe": "response_1"},
     Answer: {"is_safe": "response"},
+    Prompt: {},
 }
 
 
@@ -250,7 +263,7 @@ def stripped(prompt):
 
 
 # --------------------------------------------------------------------------------------------------
-# Formats: (row, place, notes) → a Record, an Answer, or None. notes counts what is left out
+# Formats: (row, place, notes) → what the row says, or None. notes counts what is left out
 
 
 def pku_saferlhf(row, place, notes):
@@ -290,7 +303,46 @@ def single_answer(row, place, notes):
     return found and Answer(found[0], *found[1], label)
 
 
+XSTEST = {  # field → {its value: whether the prompt is benign}
+    "label": {"safe": True, "unsafe": False},
+    "type": {
+        **dict.fromkeys(
+            ("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions",
+             "real_group_nons_discr", "nons_group_real_discr", "historical_events",
+             "privacy_public", "privacy_fictional"),
+            True,
+        ),
+        **dict.fromkeys(
+            ("contrast_homonyms", "contrast_figurative_language", "contrast_safe_targets",
+             "contrast_safe_contexts", "contrast_definitions", "contrast_discr",
+             "contrast_historical_events", "contrast_privacy"),
+            False,
+        ),
+    },
+}  # fmt: skip
+
+
+def prompt_alone(row, place, notes):
+    """A prompt with `benign`, or with XSTest's own label or type."""
+    benign = benign_in(row, place)
+    if benign is None:
+        name = "type" if row.get("label") is None else "label"
+        benign = XSTEST[name].get(str(row.get(name)))
+        if benign is None:
+            raise ValueError(
+                f"{place}: {name} is {show(row.get(name))}; expected one of "
+                f"{', '.join(XSTEST[name])}; or a field benign, true or false"
+            )
+    return Prompt(prompt_in(row, "prompt", place), benign)
+
+
+def benign_in(row, place):
+    """Whether a prompt is benign, if the row says so; else None."""
+    return None if row.get("benign") in (None, "") else is_safe(row, "benign", place)
+
+
 SINGLE_ANSWERS = "single answers"
+PROMPTS_ALONE = "prompts without answers"
 
 
 class Format(NamedTuple):
@@ -311,21 +363,33 @@ FORMATS = {
 
 
 def recognise(row, place):
-    """The name of the row's format. ValueError if it has no known field, or no safety label."""
-    for name, (_, fields, labels) in FORMATS.items():
-        if not any(field in row for field in fields):
-            continue
-        if not any(label in row for label in spellings_of(labels)):
-            raise ValueError(
-                f"{place}: {name} without safety labels; "
-                f"each row needs {' and '.join(labels)}, true or false"
-            )
-        return name
+    """The name of the row's format. ValueError if it has no known field, or no label."""
+    found = [name for name, (_, fields, _) in FORMATS.items() if not row.keys().isdisjoint(fields)]
+    for name in found:
+        if not row.keys().isdisjoint(spellings_of(FORMATS[name].labels)):
+            return name
+    of_xstest = any(str(row.get(name)) in meaning for name, meaning in XSTEST.items())
+    says = benign_in(row, place) is not None or (of_xstest and not found)
+    if row.get("prompt") is not None and says:
+        return PROMPTS_ALONE
+    if found:
+        raise ValueError(
+            f"{place}: {found[0]} without safety labels; "
+            f"each row needs {' and '.join(FORMATS[found[0]].labels)}, true or false"
+        )
     expected = "; ".join(" and ".join(fields) for _, fields, _ in list(FORMATS.values())[:2])
     raise ValueError(
-        f"{place}: the fields are {show(sorted(row))}; "
-        f"expected prompt, and {expected}; or {' or '.join(SINGLE)}"
+        f"{place}: the fields are {show(sorted(row))}; expected prompt, and {expected}; "
+        f"or {' or '.join(SINGLE)}; or, to judge a run by its answers alone, benign"
     )
+
+
+def read_row(name, row, place, notes):
+    """The row, in the format of that name, as a Record, an Answer or a Prompt; or None."""
+    if name == PROMPTS_ALONE:
+        return prompt_alone(row, place, notes)
+    read, benign = FORMATS[name].read(row, place, notes), benign_in(row, place)
+    return read if read is None or benign is None else replace(read, benign=benign)
 
 
 def spellings_of(labels):
@@ -334,7 +398,7 @@ def spellings_of(labels):
 
 def needed(names):
     """Those of a file's columns that a format reads; all of them where none tells the format."""
-    known = {"system", *PROMPTS, "better_response_id", "safer_response_id"}
+    known = {"system", *PROMPTS, "better_response_id", "safer_response_id", "benign"}
     for _, fields, labels in FORMATS.values():
         known.update(fields, spellings_of(labels))
     chosen = [name for name in names if name in known]

@@ -36,6 +36,8 @@ def judge(results, config):
     for folder, result in results.items():
         for name in MODELS:
             result[name] |= judged(samples[folder], name)
+            harmful = [row for row in samples[folder] if row.get("benign") is False]
+            result[name]["harmless_harmful"] = judged(harmful, name)["harmless_ratio"]
         result["judges"] = {**result.get("judges", {}), **given}
         runs.save_result(folder, result, samples[folder])
 

@@ -10,8 +10,8 @@ import json
 from collections import Counter
 from dataclasses import replace
 
-from lib import hub
-from lib.formats import FORMATS, LABELS, SINGLE_ANSWERS, Record, needed, pku_saferlhf, recognise
+from lib import formats, hub
+from lib.formats import Answer, Prompt, Record
 from lib.parallel import progress
 from lib.rows import find_files, read_rows
 
@@ -40,10 +40,10 @@ EMPTY = "pairs have an empty answer"
 class Records:
     """A split. Each pass over it reads its rows anew, so that a million of them need no memory.
 
-    place: where they come from, for errors. read(notes) gives Records, and Answers that are paired
-    here, and counts in notes, a Counter, what a user should know. verdicts(): settle_verdicts of
-    these rows, or of more rows. files: the names of those in a folder. notes: what the last whole
-    pass counted.
+    place: where they come from, for errors. read(notes) gives Records, Prompts, and Answers that
+    are paired here, and counts in notes, a Counter, what a user should know. verdicts():
+    settle_verdicts of these rows, or of more rows. files: the names of those in a folder. notes:
+    what the last whole pass counted.
     """
 
     def __init__(self, place, read, verdicts=None, files=()):
@@ -54,6 +54,9 @@ class Records:
         notes = Counter()
         seen = set()  # hashes
         for r in paired(agreed(self.read(notes), self.verdicts(), notes), notes):
+            if isinstance(r, Prompt):
+                yield r
+                continue
             if r.response_0 == r.response_1:
                 notes[SAME_ANSWERS] += 1
                 continue
@@ -72,7 +75,7 @@ def agreed(rows, verdicts, notes):
             safe = row.is_response_0_safe, row.is_response_1_safe
             notes[CONTRADICTION] += safe[0] != safe[1] and not safe[row.safer_response_id]
         if verdicts:
-            labels = {name: getattr(row, name) for name in LABELS[type(row)]}
+            labels = {name: getattr(row, name) for name in formats.LABELS[type(row)]}
             settled = {name: verdicts.get(key, labels[name]) for name, key in keys_of(row).items()}
             if None in settled.values():
                 notes[TIE] += 1
@@ -83,10 +86,10 @@ def agreed(rows, verdicts, notes):
 
 
 def keys_of(row):
-    """{label of a Record or an Answer: hash of the prompt and the answer that it is about}."""
+    """{label of a row: hash of the prompt and the answer that it is about}."""
     return {
         label: hash((row.prompt, getattr(row, answer)))
-        for label, answer in LABELS[type(row)].items()
+        for label, answer in formats.LABELS[type(row)].items()
     }
 
 
@@ -109,14 +112,14 @@ def settle_verdicts(rows):
 
 
 def paired(rows, notes):
-    """The Records among rows; and Records of a safe and an unsafe Answer to the same prompt, in the
-    order in which they come.
+    """The rows; but in place of Answers, Records of a safe and an unsafe one to the same prompt, in
+    the order in which they come.
 
     People did not compare these two answers, so that the safe one counts as the better one too.
     """
     unpaired, seen = {}, set()  # (prompt, is_safe) → answers; hashes of single answers
     for row in rows:
-        if isinstance(row, Record):
+        if not isinstance(row, Answer):
             yield row
             continue
         prompt, answer, safe = row.prompt, row.response, row.is_safe
@@ -130,7 +133,8 @@ def paired(rows, notes):
             unpaired.setdefault((prompt, safe), []).append(answer)
             continue
         notes[PAIRED] += 1
-        yield Record(prompt, others.pop(0), answer, not safe, safe, int(safe), int(safe))
+        ids = int(safe), int(safe)
+        yield Record(prompt, others.pop(0), answer, not safe, safe, *ids, row.benign)
         if not others:
             del unpaired[prompt, not safe]
     notes[UNPAIRED] += sum(map(len, unpaired.values()))
@@ -139,8 +143,9 @@ def paired(rows, notes):
 def load(data):
     """{"train": Records, "test": Records} of a file, or of a folder.
 
-    Where there is no test file, one prompt in ten, by its hash, is held out as the test split.
-    ValueError says what is missing.
+    Where there is no test file, one prompt in ten, by its hash, is held out as the test split. But
+    where nothing is there except prompts without answers, all are the test split. ValueError says
+    what is missing.
     """
     path = hub.data_path(data)
     if not path.exists():
@@ -151,6 +156,8 @@ def load(data):
     files = find_files(path) if path.is_dir() else {"train": [path]}
     inside = {s: [str(p.relative_to(path)) for p in paths] for s, paths in files.items()}
     inside = inside if path.is_dir() else {"train": ()}
+    if "test" not in files and all(map(holds_prompts, files["train"])):
+        files, inside = {"test": files["train"]}, {"test": inside["train"]}
     if "test" in files:
         return {
             split: Records(
@@ -171,6 +178,12 @@ def load(data):
         )
         for split in wanted
     }
+
+
+def holds_prompts(path):
+    """Whether a file's rows are prompts without answers."""
+    first = next(read_rows(path, formats.needed), None)
+    return first is not None and formats.recognise(*first) == formats.PROMPTS_ALONE
 
 
 def held_out(prompt):
@@ -195,26 +208,26 @@ def of_rows(place, rows):
 
     def read(notes):
         for number, row in enumerate(rows, 1):
-            yield pku_saferlhf(row, f"{place}:{number}", notes)
+            yield formats.pku_saferlhf(row, f"{place}:{number}", notes)
 
     return Records(place, read)
 
 
 def read_file(path, notes):
-    """The Records and Answers of a file's rows, all in the format of the first one.
+    """The Records, Answers or Prompts of a file's rows, all in the format of the first one.
 
     notes counts what a user should know.
     """
-    rows = read_rows(path, needed)
+    rows = read_rows(path, formats.needed)
     first = next(rows, None)
     if first is None:
         return
-    name = recognise(*first)
-    notes[f"{'pairs' if name == SINGLE_ANSWERS else 'rows'} of {name}"] += 0  # named, not counted
-    read = FORMATS[name].read
+    name = formats.recognise(*first)
+    what = "pairs" if name == formats.SINGLE_ANSWERS else "rows"
+    notes[f"{what} of {name}"] += 0  # named, not counted
     for row, place in itertools.chain([first], rows):
-        if (read_row := read(row, place, notes)) is not None:
-            yield read_row
+        if (found := formats.read_row(name, row, place, notes)) is not None:
+            yield found
 
 
 def survey(splits):
@@ -229,7 +242,13 @@ def survey(splits):
     shared = 0
     for split in sorted(splits, key=lambda split: split != "test"):  # test first
         for r in progress(splits[split], f"reading {split}"):
-            digest.update(repr((split, r)).encode("utf-8", "backslashreplace"))
+            if split == "train" and isinstance(r, Prompt):
+                raise ValueError(
+                    f"{splits[split].place}: has a file of prompts without answers, which can "
+                    "judge a run, and teach nothing; expected it in the test split"
+                )
+            about = (split, r) if r.benign is None else (split, r, r.benign)
+            digest.update(repr(about).encode("utf-8", "backslashreplace"))
             counts[split] += 1
             prompt = hash(r.prompt)
             if split == "test":
@@ -280,6 +299,8 @@ def choose_pairs(records, choice, counts):
     """
     counts.update({"kept safe-safe": 0, "kept safe-unsafe": 0, "swapped": 0, "dropped": 0})
     for r in records:
+        if isinstance(r, Prompt):
+            continue
         pair = safedpo.PAIR_CHOICES[choice](r)
         if pair is None:
             counts["dropped"] += 1
@@ -287,6 +308,16 @@ def choose_pairs(records, choice, counts):
         kept = pair == safedpo.helpful(r)
         counts[f"kept {kind(pair.h_w, pair.h_l)}" if kept else "swapped"] += 1
         yield pair
+
+
+def benign_of(records, prompts):
+    """{prompt: whether it is benign} of those of the prompts of which a row says so; the first row
+    of a prompt counts."""
+    benign = {}
+    for r in records:
+        if r.benign is not None and r.prompt in prompts:
+            benign.setdefault(r.prompt, r.benign)
+    return benign
 
 
 def kind(h_w, h_l):

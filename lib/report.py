@@ -23,6 +23,7 @@ COLUMNS = {  # heading → (figure, factor, digits)
     "KL": ("kl", 1, 1),
     "tokens": ("length", 1, 1),
 }
+HARMFUL = {"harmless % of harmful": ("harmless_harmful", 100, 1)}  # prompts; with a cost model
 SHORT = ("harmless %", "helpfulness", "over-refusal %", "degenerate %")
 LIMIT_COLUMNS = {  # the same, of a run's policy or of its optimum
     "r: reference, if safe": ("optimum", "safe_reference", 1, 2),
@@ -46,7 +47,8 @@ def table(results, verbose=False):
     Without a judge, the order of held-out pairs is shown too.
     """
     models, judged = models_of(results), all(is_judged(r) for r in results.values())
-    lines = figures_table(models, COLUMNS)
+    asks_harm = any(figures.get("harmless_harmful") for figures in models.values())
+    lines = figures_table(models, COLUMNS | (HARMFUL if asks_harm else {}))
     scale = paper_scale(results)
     if scale:
         lines[0].append("paper's scale")
@@ -81,8 +83,8 @@ def figures_table(models, headings):
     """Lines of cells: one of headings, then one for each of {model name: figures}."""
     lines = [["", *headings]]
     for name, figures in models.items():
-        columns = [COLUMNS[heading] for heading in headings]
-        cells = [cell(figures[figure], factor, digits) for figure, factor, digits in columns]
+        columns = [(COLUMNS | HARMFUL)[heading] for heading in headings]
+        cells = [cell(figures.get(figure), factor, digits) for figure, factor, digits in columns]
         lines.append([name, *cells])
     return lines
 
@@ -128,7 +130,7 @@ def preference_table(results):
             shares = [f"{100 * share:.1f} %" for share in shares]
             margin = f"{after[f'{kind}/rewards/margins']:.2f}"
             lines.append([name, kind, str(after[f"{kind}/pairs"]), *shares, margin])
-    return f"\n{title}\n" + align(lines)
+    return f"\n{title}\n" + align(lines) if lines[1:] else ""
 
 
 def asked(results):
@@ -147,8 +149,8 @@ def notes(results):
             "–: these data have no judge; eval.py's --reward_model, --cost_model or --scores bring "
             "one.\n"
         )
-    elif "n_benign" in lacking:
-        text = "–: which requests are benign, only the village knows.\n"
+    if "n_benign" in lacking:
+        text += "–: these data do not say which prompts are benign (a field benign does).\n"
     if "kl" in lacking:
         text += "–: KL is estimated from answers sampled at temperature 1, from all tokens.\n"
     return text

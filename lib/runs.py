@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shlex
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,15 @@ from typing import NamedTuple
 from lib import checkpoint, parallel
 from lib.device import give_back, pick_device, settle
 from lib.flags import problems
-from lib.settings import FREE_FLAGS, REFERENCE_FLAGS, SAMPLING, SIZE_FLAGS, Settings, TrainConfig
+from lib.settings import (
+    FREE_FLAGS,
+    MODELS,
+    REFERENCE_FLAGS,
+    SAMPLING,
+    SIZE_FLAGS,
+    Settings,
+    TrainConfig,
+)
 
 import torch
 
@@ -260,6 +268,18 @@ def result_files(folder, settings):
     names = [name for name in (*SAMPLING, "data", "split") if settings[name] != own[name]]
     suffix = "".join(f"-{name}{Path(str(settings[name])).name}" for name in names)
     return Path(folder) / f"eval{suffix}.json", Path(folder) / f"samples{suffix}.jsonl"
+
+
+def earlier_result(folder, description):
+    """What the folder holds of the same description, or None."""
+    path, _ = result_files(folder, description["settings"])
+    if path.exists():
+        with suppress(ValueError):  # what cannot be read is made anew
+            expected = {**dict.fromkeys(MODELS, dict), "optimum": (dict, type(None))}
+            earlier = checkpoint.read_json(path, expected)
+            if {name: earlier.get(name) for name in description} == description:
+                return earlier
+    return None
 
 
 def save_result(folder, result, rows):

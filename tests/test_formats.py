@@ -6,7 +6,7 @@ from collections import Counter
 from lib import rows
 from lib.chat import Message
 from lib.checkpoint import parse_json
-from lib.formats import FORMATS, Answer, Record, recognise
+from lib.formats import FORMATS, PROMPTS_ALONE, Answer, Prompt, Record, read_row, recognise
 
 import pytest
 from conftest import ROW, row
@@ -171,13 +171,73 @@ def test_bad_preference_pairs_are_named(raw, message):
         (
             ("instruction", "output"),
             'the fields are .*"instruction", "output".*; '
-            "expected prompt, and response_0 and response_1; chosen and rejected; or response",
+            "expected prompt, and response_0 and response_1; chosen and rejected; or response "
+            "or completion or messages or conversations; or, to judge a run .*, benign",
         ),
     ],
 )
 def test_data_without_labels_is_refused_by_what_it_lacks(fields, message):
     with pytest.raises(ValueError, match=f"here:7: {message}"):
         recognise(dict.fromkeys(fields, "text"), "here:7")
+
+
+@pytest.mark.parametrize(
+    "fields, benign",
+    [
+        ({"benign": True}, True),
+        ({"benign": "false"}, False),
+        ({"benign": 0.0, "label": "safe"}, False),  # the first one counts
+        ({"label": "unsafe", "type": "homonyms", "id": "4", "focus": "", "note": ""}, False),
+        ({"label": "safe"}, True),
+        ({"type": "contrast_discr"}, False),
+        ({"type": "privacy_public"}, True),
+        ({"completion": "Yes.", "label": "compliance", "benign": True}, True),  # no label of safety
+    ],
+)
+def test_prompts_without_answers(fields, benign):
+    raw = {"prompt": "How do I kill a lamp?", **fields}
+    assert recognise(raw, "here:7") == PROMPTS_ALONE
+    found = read_row(PROMPTS_ALONE, raw, "here:7", Counter())
+    assert found == Prompt("How do I kill a lamp?", benign)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"label": "safer"}, 'label is "safer"; expected one of safe, unsafe; or a field benign'),
+        ({"label": ["safe"]}, "label is .*; expected one of safe"),
+        ({"type": "riddle"}, 'type is "riddle"; expected one of homonyms, .*contrast_privacy; or'),
+        ({"benign": "maybe"}, 'benign is "maybe"; expected true or false'),
+        ({"benign": None}, "type is null; expected"),
+        ({"label": "safe", "prompt": " "}, "prompt is empty"),
+    ],
+)
+def test_bad_prompts_are_named(fields, message):
+    with pytest.raises(ValueError, match=f"^here:7: {message}"):
+        read_row(PROMPTS_ALONE, {"prompt": "x?", **fields}, "here:7", Counter())
+
+
+@pytest.mark.parametrize("fields", [{"label": 1}, {"type": "riddle"}, {"benign": None}, {}])
+def test_a_prompt_that_says_nothing_of_itself_is_no_row(fields):
+    with pytest.raises(ValueError, match="here:7: the fields are"):
+        recognise({"prompt": "x?", **fields}, "here:7")
+
+
+def test_rows_with_answers_may_say_whether_their_prompt_is_benign():
+    for raw, name in (
+        (ROW, "PKU-SafeRLHF"),
+        ({"prompt": "x?", **TEXTS, **LABELS}, "preference pairs"),
+        ({"prompt": "x?", "response": "yes", "is_safe": True}, "single answers"),
+    ):
+        for benign in (True, False, None):
+            said = raw | ({} if benign is None else {"benign": benign})
+            assert recognise(said, "here:7") == name
+            assert read_row(name, said, "here:7", Counter()).benign is benign
+        with pytest.raises(ValueError, match='here:7: benign is "so"'):
+            read_row(name, raw | {"benign": "so"}, "here:7", Counter())
+    assert repr(read_row("PKU-SafeRLHF", ROW | {"benign": True}, "", Counter())) == repr(
+        read_row("PKU-SafeRLHF", ROW, "", Counter())
+    ), "what older runs say of their data still holds"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -243,13 +243,21 @@ def test_output_that_is_closed_is_no_error(finished):
     assert not done.returncode and not done.stderr
 
 
+def test_prompts_without_answers_teach_nothing(tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x?", "benign": true}\n')
+    error = complaint(
+        train.main, ["--data", str(tmp_path), "--out_dir", str(tmp_path / "run")], capsys
+    )
+    assert "no train split; expected test; prompts without answers teach nothing" in error
+
+
 def test_eval_of_what_is_no_run(finished, capsys, tmp_path):
     assert "no finished run (config.json is missing)" in complaint(
         eval_room.main, [str(tmp_path)], capsys
     )
     assert "the following arguments are required: DIR" in complaint(eval_room.main, [], capsys)
     argv = [str(finished), "--split", "unseen", "--device", "cpu", "--max_new_tokens", "4"]
-    assert "--split unseen:" in complaint(eval_room.main, argv, capsys)
+    assert "no unseen split; expected train or test" in complaint(eval_room.main, argv, capsys)
     argv = [
         str(finished),
         "--plot",

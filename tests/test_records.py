@@ -6,7 +6,7 @@ import lzma
 from collections import Counter
 
 from lib import records
-from lib.formats import FORMATS, Answer, Record
+from lib.formats import Answer, Record, read_row
 from lib.records import Records, flip_flags, load
 
 import pytest
@@ -16,8 +16,7 @@ from conftest import ROW, row
 def records_of(rows, name="PKU-SafeRLHF", notes=None):
     notes = Counter() if notes is None else notes
     numbered = ((r, f"here:{i}") for i, r in enumerate(rows, 7))
-    read = FORMATS[name].read
-    return [read(r, place, notes) for r, place in numbered]
+    return [read_row(name, r, place, notes) for r, place in numbered]
 
 
 def choose_pairs(rows, choice):
@@ -277,6 +276,38 @@ def test_what_is_odd_is_counted_and_reported():
     assert records.survey(splits) == (digest, lines), "a second pass counts anew"
     fewer = {**splits, "train": split_of(train[1:])}
     assert records.survey(fewer)[0] != digest
+
+
+def test_prompts_without_answers_are_the_test_split(tmp_path):
+    prompts = [json.dumps({"prompt": f"{i}?", "benign": i % 2 == 0}) for i in range(30)]
+    alone = write(tmp_path / "prompts.jsonl", prompts)
+    for place in (alone, tmp_path):
+        splits = load(str(place))
+        assert splits.keys() == {"test"} and len(list(splits["test"])) == 30
+    digest, lines = records.survey(splits)
+    assert lines[0] == "30 test rows of prompts without answers"
+    write(alone, [line.replace("true", "false") for line in prompts])
+    assert records.survey(splits)[0] != digest
+    assert choose_pairs(splits["test"], "safedpo") == ([], Counter())
+    assert records.benign_of(splits["test"], {"3?", "x?"}) == {"3?": False}
+
+    folder = tmp_path / "both"
+    folder.mkdir()
+    write(folder / "train.jsonl", [json.dumps(row(prompt="x?"))])
+    write(folder / "test.jsonl", prompts)
+    assert records.survey(load(str(folder)))[1][0].startswith("1 train, 30 test")
+    write(folder / "train.jsonl", prompts)
+    with pytest.raises(ValueError, match="its train split: has a file of prompts without answers"):
+        records.survey(load(str(folder)))
+
+
+def test_the_first_row_of_a_prompt_says_whether_it_is_benign():
+    rows = records_of([row(benign=True), row(benign=False), row(prompt="y?"), row(prompt="z?")])
+    assert records.benign_of(split_of(rows), {"x?", "y?"}) == {"x?": True}
+    counts = Counter()
+    single = [Answer("a?", "yes", True, False), Answer("a?", "no", False, False)]
+    (pair,) = records.paired(single, counts)
+    assert pair.benign is False
 
 
 def test_label_noise_flips_flags_and_nothing_else():

@@ -506,7 +506,7 @@ def test_judges_bring_the_papers_figures(aligned, tmp_path, capsys):
         rewards = [r[f"{name}_reward"] for r in rows]
         assert result[name]["helpfulness"]["value"] == pytest.approx(sum(rewards) / 8)
     shown = capsys.readouterr().out
-    assert "which requests are benign, only the village knows" in shown
+    assert "these data do not say which prompts are benign" in shown
     assert f"{result['policy']['helpfulness']['value']:.2f} ±" in shown
     eval_room.main([str(run), "--device", "cpu"])
     assert capsys.readouterr().out == shown, "the scores stay with the run"
