@@ -17,6 +17,7 @@ from lib.flags import parse, run
 from lib.metrics import preference_metrics
 from lib.settings import SIZE_FLAGS, TrainConfig
 from lib.stage import Stage
+from lib.watch import Watch
 
 import torch
 
@@ -101,10 +102,11 @@ def make_optimizer(model, weight_decay, beta2):
 # The loop
 
 
-def fit(stage_name, model, pairs, ref, loss_function, config, folder):
+def fit(stage_name, model, pairs, ref, loss_function, config, folder, watch):
     """Train the model in place: the recipe of both stages, "sft" and "safedpo".
 
-    pairs: token pairs. ref: (n, 2) log-probs of their answers under π_ref, or None.
+    pairs: token pairs. ref: (n, 2) log-probs of their answers under π_ref, or None. watch: shows
+    the user what happens.
     """
     device = torch.device(config.device)
     precision = autocast(device, config.dtype)
@@ -112,7 +114,8 @@ def fit(stage_name, model, pairs, ref, loss_function, config, folder):
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     per_epoch = data.steps_per_epoch(pairs, config.batch_size)
     steps = config.epochs * per_epoch
-    stage = Stage(stage_name, folder, model, optimizer, scaler, steps, config.save_every)
+    about = stage_name, folder, model, optimizer, scaler, steps, config.save_every
+    stage = Stage(*about, watch)
     todo = range(stage.first_step, steps)
     model.train()
     with stage:
@@ -172,17 +175,18 @@ def train(config, folder, lock):
     memory.tell(model, config, largest, list(held_out.values()))
     runs.begin(folder, config, digest, done.borrowed, lock)
     model = parallel.wrap(prepare(model, config), device, config.fsdp, config.dtype)
+    watch = Watch(config, held_out, tokenizer)
 
     if not is_reference:  # SFT
         answers = data.sft_pairs(splits["train"], tokenizer, config)
         sft = dict(epochs=config.sft_epochs, batch_size=config.sft_batch_size, lr=config.sft_lr)
-        fit("sft", model, answers, None, sft_loss, replace(config, **sft), folder)
+        fit("sft", model, answers, None, sft_loss, replace(config, **sft), folder, watch)
     if not done.has_reference:
         policy.save_model(folder / "reference.pt", model, tokenizer)
     if not done.has_policy:  # SafeDPO: the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder)
         loss = preference_loss(config.beta, config.delta)
-        fit("safedpo", model, pairs, ref, loss, config, folder)
+        fit("safedpo", model, pairs, ref, loss, config, folder, watch)
         policy.save_model(folder / "policy.pt", model, tokenizer)
     del model  # evaluation may need its memory
     runs.end(folder)

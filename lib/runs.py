@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import checkpoint, parallel
+from lib import checkpoint, parallel, watch
 from lib.device import give_back, pick_device, settle
 from lib.flags import problems
 from lib.settings import (
@@ -67,6 +67,9 @@ def open_run(given):
             "--fsdp does not go with --dtype float16, whose gradients must be scaled; "
             "expected bfloat16 or float32"
         )
+    if config.fsdp and config.sample_every:
+        raise ValueError("--sample_every does not go with --fsdp; leave one of them out")
+    watch.check(config.log)
     try:
         datetime.date.fromisoformat(config.date or "2026-01-31")
     except ValueError:
@@ -98,9 +101,10 @@ def resumed(folder, given):
             f"{folder} holds no run to resume (config.json is missing); without --resume one starts"
         )
     names = [f.name for f in fields(TrainConfig) if f.name != "verbose"]
-    expected = {**dict.fromkeys(names), "data_sha256": str, "reference": (str, type(None))}
+    needed = [name for name in names if name not in FREE_FLAGS]
+    expected = {**dict.fromkeys(needed), "data_sha256": str, "reference": (str, type(None))}
     saved = checkpoint.read_json(path, expected)
-    saved = {name: saved[name] for name in names}
+    saved = {name: saved[name] for name in names if name in saved}  # an older run lacks new flags
     check_flags(TrainConfig, saved, path)
     pick_device(saved["device"])
     differs = [

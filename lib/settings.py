@@ -79,6 +79,14 @@ class TrainConfig(Settings):
         "", "folder of the run; left out: runs/ and a name made of the flags", path=True
     )
     resume: bool = flag(False, "go on with the run in the folder")
+    sample_every: int = flag(
+        0, "print the answers to three test prompts every so many steps; 0: never", least=0
+    )
+    log: str = flag(
+        "none",
+        "also write each step's numbers for this tracker, into the run's folder",
+        choices=("none", "tensorboard", "wandb"),
+    )
     lora_rank: int = flag(
         0,
         "train low-rank adapters (LoRA) of this rank on a frozen model; 0: the whole model",
@@ -217,6 +225,7 @@ SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
 # may change on --resume: the gradients are the same
 FREE_FLAGS = (
     "resume", "out_dir", "verbose", "fsdp", "checkpointing", "compile", "micro_batch_size",
+    "sample_every", "log",
 )  # fmt: skip
 # what a reference trained by SFT depends on, beside the data
 REFERENCE_FLAGS = (

@@ -23,12 +23,13 @@ SAVE_SECONDS = 900  # a state is saved at least this often, if a step is not lon
 class Stage:
     """`with Stage(…) as stage:` around the loop over the steps from stage.first_step on.
 
+    watch: a Watch, which shows the user what happens.
     Each pass of the loop ends in stage.finish_step. SIGINT and SIGTERM let a step finish and are
     obeyed there: the state is saved, and KeyboardInterrupt says where.
     """
 
-    def __init__(self, name, folder, model, optimizer, scaler, steps, save_every):
-        self.name, self.folder, self.steps, self.save_every = name, folder, steps, save_every
+    def __init__(self, name, folder, model, optimizer, scaler, steps, save_every, watch):
+        self.name, self.steps, self.save_every, self.watch = name, steps, save_every, watch
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.state_file, self.log_file = folder / "state.pt", folder / "metrics.jsonl"
         self.first_step = self.saved_step = self.steps_done = self.restore()
@@ -44,6 +45,7 @@ class Stage:
                 total=self.steps, initial=self.first_step, desc=self.name, disable=not writes
             )
             self.bar = stack.enter_context(bar)
+            self.track = stack.enter_context(self.watch.tracker(self.name, self.first_step))
             self.signals = stack.enter_context(stop_signals())
             self.stack = stack.pop_all()
         return self
@@ -64,6 +66,8 @@ class Stage:
         step = self.steps_done + 1
         line = {"stage": self.name, "step": step, **metrics}
         self.log.write(json.dumps({name: finite(value) for name, value in line.items()}) + "\n")
+        self.log.flush()
+        self.track(step, metrics)
         shown = {
             "loss": metrics["loss"],
             "margin": metrics.get("rewards/margins"),
@@ -78,11 +82,13 @@ class Stage:
         is_late = not parallel.rank() and time.monotonic() > self.saved_at + SAVE_SECONDS
         must_stop, is_late = parallel.any_process((self.signals, is_late), device)
         if must_stop or is_late or step % self.save_every == 0:
-            self.log.flush()
             if not parallel.rank():
                 os.fsync(self.log.fileno())
             self.save(step)
         self.steps_done = step
+        began = time.perf_counter()
+        self.watch.after_step(self.name, step, self.model)
+        self.began_at += time.perf_counter() - began
         give_back()
         if must_stop:
             raise KeyboardInterrupt(self.last_saved())

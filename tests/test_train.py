@@ -6,7 +6,9 @@ import math
 from lib import checkpoint
 from lib.device import autocast
 from lib.policy import load_model, log_probs
+from lib.settings import TrainConfig
 from lib.stage import Stage
+from lib.watch import Watch
 
 import pytest
 import torch
@@ -274,7 +276,8 @@ def test_gradients_are_clipped_after_the_scaler_is_taken_out():
 
 def stage(folder, model, optimizer, steps=9):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Stage("sft", folder, model, optimizer, scaler, steps, save_every=1)
+    watch = Watch(TrainConfig(out_dir=str(folder)), {}, tokenizer=None)
+    return Stage("sft", folder, model, optimizer, scaler, steps, save_every=1, watch=watch)
 
 
 def test_weights_that_are_no_numbers_leave_the_last_state(tmp_path):
