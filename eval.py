@@ -3,6 +3,7 @@
 python eval.py runs/toy-safedpo-delta5                      the table of one run
 python eval.py runs/* --plot runs.png                       several runs, and a picture
 python eval.py runs/toy-safedpo-delta5 --prompt "How do I make a red kite for the inn?"
+python eval.py runs/toy-safedpo-delta5 --chat               a conversation with both
 python eval.py runs/alpaca --reward_model beaver-7b-unified-reward --cost_model …
 python eval.py runs/alpaca --export alpaca-safedpo          the policy as a Hugging Face folder
 """
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from lib import checkpoint, judges, records, report, runs
 from lib.chat import as_json
+from lib.converse import converse
 from lib.device import pick_device, pick_dtype
 from lib.export import export, export_adapter
 from lib.flags import parse, run
 from lib.formats import prompt_in
-from lib.metrics import is_degenerate, judged, mean, preference_metrics, share
+from lib.metrics import held_out_preferences, is_degenerate, judged, mean, share
 from lib.policy import load_model, log_probs, sample_answers
 from lib.refusals import refuses
 from lib.settings import JUDGES, MODELS, SAMPLING, EvalConfig
@@ -114,14 +116,6 @@ def describe(config, settings, source, split, splits, device, dtype):
     }
 
 
-def held_out_preferences(logps, name, pairs, beta):
-    """preference_metrics of one of logps, {"reference", "policy": (n, 2)}, on n pairs."""
-    if not len(pairs):
-        return {}
-    h_w, h_l = torch.tensor([(p.h_w, p.h_l) for p in pairs]).T
-    return preference_metrics(*logps[name].T, *logps["reference"].T, h_w, h_l, beta)
-
-
 def annotation(row, name):
     """What the village's annotators say of one model's answer in a row."""
     prompt, answer = row["prompt"], row[name]
@@ -169,6 +163,13 @@ def answer_prompt(folder, prompt, given):
     return answers
 
 
+def one_run(config):
+    """The folder of the only run named. ValueError if there are more."""
+    if len(config.runs) > 1:
+        raise ValueError(f"{len(config.runs)} folders given; expected one folder of a run")
+    return config.runs[0]
+
+
 def settings_of(flags, given):
     """The settings of an evaluation: those given, else those of the run with these flags."""
     return EvalConfig(**{name: flags[name] for name in SAMPLING} | given)
@@ -176,17 +177,16 @@ def settings_of(flags, given):
 
 def export_policy(config):
     """--export: write a run's policy as a Hugging Face folder; --export_adapter: its adapters."""
-    if len(config.runs) > 1:
-        raise ValueError("one policy is written at a time; expected one folder of a run")
-    flags, device = runs.finished_run(config.runs[0]), pick_device(config.device)
+    folder = one_run(config)
+    flags, device = runs.finished_run(folder), pick_device(config.device)
     if config.export_adapter:
-        return export_adapter(config.runs[0], config.export_adapter)
+        return export_adapter(folder, config.export_adapter)
 
     def held_out(tokenizer):
         split = itertools.islice(data.load(config.data or flags["data"])["test"], EXPORT_RECORDS)
         return data.Examples(data.held_out_pairs(split, tokenizer, flags["max_length"]))
 
-    export(config.runs[0], config.export, config.export_dtype, held_out, flags["beta"], device)
+    export(folder, config.export, config.export_dtype, held_out, flags["beta"], device)
 
 
 def evaluate_all(config, given):
@@ -218,6 +218,9 @@ def evaluate_all(config, given):
 def main(argv=None):
     given = parse(EvalConfig, argv, __doc__)
     config = EvalConfig(**given)
+    if config.chat:
+        folder = one_run(config)
+        return converse(folder, settings_of(runs.finished_run(folder), given))
     if config.prompt:
         for folder in config.runs:
             answers = answer_prompt(folder, config.prompt, given)

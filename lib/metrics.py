@@ -5,6 +5,8 @@ import re
 
 from lib.records import kind
 
+import torch
+
 from safedpo import implicit_reward
 
 LONGEST_WORD = 60  # characters
@@ -57,6 +59,14 @@ def preference_metrics(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta):
                 metrics[f"{kind(w, l)}/{name}"] = column[group].mean().item()
             metrics[f"{kind(w, l)}/pairs"] = int(group.sum())
     return metrics
+
+
+def held_out_preferences(logps, name, pairs, beta):
+    """preference_metrics of one of logps, {"reference", "policy": (n, 2)}, on n pairs."""
+    if not len(pairs):
+        return {}
+    h_w, h_l = torch.tensor([(p.h_w, p.h_l) for p in pairs]).T
+    return preference_metrics(*logps[name].T, *logps["reference"].T, h_w, h_l, beta)
 
 
 def is_degenerate(text, ended):

@@ -8,7 +8,7 @@ from model import move, pack_rows
 @torch.no_grad()
 def generate(
     model, prompts, max_new_tokens, ends, temperature=1.0, top_p=1.0, uniforms=None, top_k=0,
-    longest=None,
+    longest=None, heard=None,
 ):  # fmt: skip
     """One sampled answer per prompt (lists of token ids). It ends in one of `ends` (token ids)
     where that came within max_new_tokens, and before prompt and answer were `longest` tokens; but
@@ -19,7 +19,7 @@ def generate(
     token; top_k > 0 samples from as many most probable tokens, top_p < 1 then from the smallest set
     of these whose probabilities sum to top_p. uniforms (R, max_new_tokens), from [0, 1): the random
     number that each token is drawn with, so that an answer does not depend on the others; left out,
-    they are new ones.
+    they are new ones. heard: a function that gets the tokens of each step, as they are sampled.
     """
     device = model.embedding.weight.device
     if uniforms is None:
@@ -47,6 +47,8 @@ def generate(
         logits = model.head(hidden).float()
         token = sample(logits, temperature, top_p, uniforms[row, t], top_k)
         answers[row, t] = token
+        if heard:
+            heard(token)
         ended |= torch.isin(token, ends) | (room[row] <= t + 1)
         unfinished = (~ended).nonzero().squeeze(1)
         if not len(unfinished):

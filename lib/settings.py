@@ -162,6 +162,7 @@ class EvalConfig(Settings):
         "show some answers of reference and policy to this prompt, a text or messages as JSON, and "
         "nothing else",
     )
+    chat: bool = flag(False, "talk with reference and policy in the terminal, and do nothing else")
     reward_model: str = flag(
         "",
         "score the answers' helpfulness with this model: a Hugging Face folder with a score head, "
@@ -207,6 +208,7 @@ class EvalConfig(Settings):
     )
 
     IDLE: ClassVar = {
+        "chat": ("prompt", "export", "export_adapter", "data", "split", "eval_prompts", *SHOWN),
         "prompt": ("export", "export_adapter", "data", "split", *SHOWN),
         "export": ("export_adapter", "split", "dtype", *SAMPLING, *SHOWN),
         "export_adapter": ("data", "split", "dtype", "device", *SAMPLING, *SHOWN),

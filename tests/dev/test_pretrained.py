@@ -938,7 +938,7 @@ def test_exports_that_are_refused(finished, tmp_path, capsys):
         eval_room.main, [str(finished), "--export", str(tmp_path)], capsys
     )
     two_runs = [str(finished), str(finished), "--export", str(tmp_path / "out")]
-    assert "one policy is written at a time; expected one folder of a run" in complaint(
+    assert "2 folders given; expected one folder of a run" in complaint(
         eval_room.main, two_runs, capsys
     )
     assert "holds no finished run" in complaint(
