@@ -47,8 +47,8 @@ def load(name, split="train"):
     else:
         splits = records.load(name)
     if split not in splits:
-        why = "; prompts without answers teach nothing" if split == "train" else ""
-        raise ValueError(f"{name}: no {split} split; expected {' or '.join(splits)}{why}")
+        why = "; expected a file with train in its name, of rows with answers" * (split == "train")
+        raise ValueError(f"{name}: no {split} split, only {', '.join(splits)}{why}")
     return splits
 
 

@@ -54,8 +54,8 @@ def parts_of_name(path):
 def find_files(folder):
     """{"train": paths, "test": paths}: the folder's files of rows by split, at any depth.
 
-    A file's name tells its split, else the folders above it; "test" may be a validation split, or
-    missing. Where no name tells one, all files are "train". Hidden folders are left out. ValueError
+    A file's name tells its split, else the folders above it; "test" may be a validation split. One
+    of the two may be missing. Where no name tells one, all files are "train". Hidden folders are left out. ValueError
     if there is none, or if the same rows would be read twice.
     """
     files = {}  # path → its place in the folder
@@ -73,7 +73,7 @@ def find_files(folder):
                 break
     if files and not found:
         found["train"] = list(files)
-    if "train" not in found:
+    if not found:
         arrow = any(folder.rglob("*.arrow"))
         raise ValueError(
             f"{folder}: no train file; {KINDS}, with train in its name"

@@ -111,7 +111,7 @@ def test_the_toy_annotator_judges_when_asked(finished, tmp_path):
     assert {f.stem for f in out.glob("*.json*")} == files | {"config"}, (
         "the run's own eval.json is left alone"
     )
-    with pytest.raises(ValueError, match="toy: no nothing split; expected train or test or unseen"):
+    with pytest.raises(ValueError, match="toy: no nothing split, only train, test, unseen"):
         evaluate(out, SETTINGS, source="toy", split="nothing")
 
 

@@ -248,7 +248,7 @@ def test_prompts_without_answers_teach_nothing(tmp_path, capsys):
     error = complaint(
         train.main, ["--data", str(tmp_path), "--out_dir", str(tmp_path / "run")], capsys
     )
-    assert "no train split; expected test; prompts without answers teach nothing" in error
+    assert "no train split, only test; expected a file with train in its name, of rows" in error
 
 
 def test_eval_of_what_is_no_run(finished, capsys, tmp_path):
@@ -257,7 +257,7 @@ def test_eval_of_what_is_no_run(finished, capsys, tmp_path):
     )
     assert "the following arguments are required: DIR" in complaint(eval_room.main, [], capsys)
     argv = [str(finished), "--split", "unseen", "--device", "cpu", "--max_new_tokens", "4"]
-    assert "no unseen split; expected train or test" in complaint(eval_room.main, argv, capsys)
+    assert "no unseen split, only train, test" in complaint(eval_room.main, argv, capsys)
     argv = [
         str(finished),
         "--plot",

@@ -1,0 +1,58 @@
+"""The data of real/experiments.sh, from a folder of pairs of answers to XSTest's prompts and a
+folder of single answers of PKU-SafeRLHF.
+
+    python -m real.prepare XSTEST PKU OUT
+
+XSTEST: train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's prompt_type. PKU:
+the same with prompt, response and is_safe. OUT gets two folders to train on. "all" has both training
+splits, and holds out XSTest's test split, whose rows then say whether the prompt is benign.
+"choose" is made of the training splits alone: a quarter of XSTest's training prompts is its test
+split, for settings to be chosen on. "pku" has PKU's test split as its test split.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from lib.flags import run
+
+
+def read(folder, split):
+    with open(Path(folder) / f"{split}.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    for row in rows:
+        if "prompt_type" in row:
+            row["benign"] = not row["prompt_type"].startswith("contrast_")
+    return rows
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"{path}: {len(rows)} rows, {len({row['prompt'] for row in rows})} prompts")
+
+
+def is_chosen_on(row):
+    """Whether a training row's prompt is of the quarter that settings are chosen on."""
+    return hashlib.sha256(row["prompt"].encode()).digest()[0] % 4 == 0
+
+
+def main(argv=None):
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 3:
+        raise ValueError("expected python -m real.prepare XSTEST PKU OUT")
+    xstest, pku, out = map(Path, arguments)
+    pairs, answers = read(xstest, "train"), read(pku, "train")
+    for name, held_out in (("all", None), ("choose", is_chosen_on)):
+        train = [row for row in pairs if not (held_out and held_out(row))]
+        test = [row for row in pairs if held_out(row)] if held_out else read(xstest, "test")
+        write(out / name / "train-xstest.jsonl", train)
+        write(out / name / "train-pku.jsonl", answers)
+        write(out / name / "test.jsonl", test)
+    write(out / "pku" / "test.jsonl", read(pku, "test"))
+
+
+if __name__ == "__main__":
+    run(main)
