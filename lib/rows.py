@@ -55,8 +55,8 @@ def find_files(folder):
     """{"train": paths, "test": paths}: the folder's files of rows by split, at any depth.
 
     A file's name tells its split, else the folders above it; "test" may be a validation split. One
-    of the two may be missing. Where no name tells one, all files are "train". Hidden folders are left out. ValueError
-    if there is none, or if the same rows would be read twice.
+    of the two may be missing. Where no name tells one, all files are "train". Hidden folders are
+    left out. ValueError if there is no file, or if the same rows would be read twice.
     """
     files = {}  # path → its place in the folder
     for path in sorted(folder.rglob("*")):

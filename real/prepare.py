@@ -3,11 +3,11 @@ folder of single answers of PKU-SafeRLHF.
 
     python -m real.prepare XSTEST PKU OUT
 
-XSTEST: train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's prompt_type. PKU:
-the same with prompt, response and is_safe. OUT gets two folders to train on. "all" has both training
-splits, and holds out XSTest's test split, whose rows then say whether the prompt is benign.
-"choose" is made of the training splits alone: a quarter of XSTest's training prompts is its test
-split, for settings to be chosen on. "pku" has PKU's test split as its test split.
+XSTEST has train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's prompt_type.
+PKU has the same with prompt, response and is_safe. OUT gets three folders. "all" has both training
+splits and XSTest's test split, whose rows then say whether the prompt is benign. "choose" is made
+of the training splits alone: a quarter of XSTest's training prompts is its test split, for settings
+to be chosen on. "pku" has PKU's test split.
 """
 
 import hashlib
