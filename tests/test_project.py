@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "eval": {"data", "lib", "model", "safedpo", "village"},
     "data": {"lib", "model", "safedpo", "village.world"},
     "village": {"lib", "model", "safedpo", "village"},
+    "real": {"lib", "model", "safedpo", "real"},
     "lib": {"lib", "model", "safedpo"},
     "model": set(),
     "safedpo": set(),
@@ -45,12 +46,13 @@ PACKAGES = {  # what a file may import that is neither ours nor Python's own
     "lib/chat.py": {"jinja2"},
     "lib/rows.py": {"pyarrow"},
     "lib/hub.py": {"huggingface_hub"},
+    "lib/watch.py": {"torch", "tqdm", "wandb"},
     "lib/peers.py": {"torch", "tokenizers", "transformers", "datasets", "trl", "peft"},
 }
 USUAL = {"torch", "numpy", "tokenizers", "tqdm"}
 FILES = {
     str(path.relative_to(ROOT)): path
-    for folder in (".", "lib", "village", "docs")
+    for folder in (".", "lib", "village", "real", "docs")
     for path in sorted((ROOT / folder).glob("*.py"))
 }
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in figures.pages()}
