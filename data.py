@@ -45,7 +45,7 @@ def load(name, split="train"):
         rows = world.splits()
         splits = {split: records.of_rows(f"toy {split}", rows) for split, rows in rows.items()}
     else:
-        splits = records.load(name)
+        splits = records.load(name, split)
     if split not in splits:
         why = "; expected a file with train in its name, of rows with answers" * (split == "train")
         raise ValueError(f"{name}: no {split} split, only {', '.join(splits)}{why}")

@@ -32,7 +32,7 @@ from village import limit, world
 
 EXPORT_RECORDS = 32  # test records on which an exported policy is measured
 SHOWN_ANSWERS = 3  # of each model to --prompt
-VERSION = 4  # of the figures: a run that an earlier version judged is judged again
+VERSION = 5  # of the figures: a run that an earlier version judged is judged again
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,6 +139,7 @@ def figures_of(rows, name, ended, lengths, kl):
         "length": mean(lengths),
         "n": len(rows),
         "n_benign": len(benign) if benign or harmful else None,
+        "n_harmful": len(harmful) if benign or harmful else None,
     }
 
 
@@ -183,7 +184,8 @@ def export_policy(config):
         return export_adapter(folder, config.export_adapter)
 
     def held_out(tokenizer):
-        split = itertools.islice(data.load(config.data or flags["data"])["test"], EXPORT_RECORDS)
+        rows = data.load(config.data or flags["data"], "test")["test"]
+        split = itertools.islice(rows, EXPORT_RECORDS)
         return data.Examples(data.held_out_pairs(split, tokenizer, flags["max_length"]))
 
     export(folder, config.export, config.export_dtype, held_out, flags["beta"], device)

@@ -28,7 +28,7 @@ def export(folder, target, dtype, held_out, beta, device):
         try:
             pairs = held_out(tokenizer)
             if not len(pairs):
-                raise ValueError("T drops the test split's first rows")
+                raise ValueError("the test split's first rows are no pairs, or T drops them")
         except (ValueError, OSError) as e:
             pairs, policy, wanted = None, None, wanted[-1:]
             print(f"not measured on held-out pairs: {e}")

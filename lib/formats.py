@@ -106,12 +106,16 @@ def checked_values(row, types, place):
     return values
 
 
+def plain(value):
+    return str(value).strip().lower()
+
+
 def is_safe(row, name, place):
     """Whether an answer is safe, by its label. A label whose name ends in "unsafe" says when not.
 
     ValueError where there is none: a missing label never means "safe".
     """
-    label = str(row.get(name)).strip().lower()
+    label = plain(row.get(name))
     if label in ("safe", "unsafe"):
         return label == "safe"
     if label not in FLAGS:
@@ -324,15 +328,23 @@ XSTEST = {  # field → {its value: whether the prompt is benign}
 
 def prompt_alone(row, place, notes):
     """A prompt with `benign`, or with XSTest's own label or type."""
+    if of_pairs := [name for name in FORMATS if has_labels(row, name)]:
+        raise ValueError(
+            f"{place}: is one of {of_pairs[0]}, and the file's first row is a prompt without "
+            "answers; expected rows of one kind in a file"
+        )
     benign = benign_in(row, place)
+    for name, meaning in XSTEST.items():
+        if benign is None and row.get(name) not in (None, ""):
+            benign = meaning.get(plain(row[name]))
+            if benign is None:
+                raise ValueError(
+                    f"{place}: {name} is {show(row[name])}; expected one of {', '.join(meaning)}; "
+                    "or a field benign, true or false"
+                )
     if benign is None:
-        name = "type" if row.get("label") is None else "label"
-        benign = XSTEST[name].get(str(row.get(name)))
-        if benign is None:
-            raise ValueError(
-                f"{place}: {name} is {show(row.get(name))}; expected one of "
-                f"{', '.join(XSTEST[name])}; or a field benign, true or false"
-            )
+        what = "empty" if "benign" in row else "missing"
+        raise ValueError(f"{place}: benign is {what}; expected true or false")
     return Prompt(prompt_in(row, "prompt", place), benign)
 
 
@@ -366,11 +378,12 @@ def recognise(row, place):
     """The name of the row's format. ValueError if it has no known field, or no label."""
     found = [name for name, (_, fields, _) in FORMATS.items() if not row.keys().isdisjoint(fields)]
     for name in found:
-        if not row.keys().isdisjoint(spellings_of(FORMATS[name].labels)):
+        if has_labels(row, name):
             return name
-    of_xstest = any(str(row.get(name)) in meaning for name, meaning in XSTEST.items())
-    says = benign_in(row, place) is not None or (of_xstest and not found)
-    if row.get("prompt") is not None and says:
+    of_xstest = any(plain(row.get(name)) in meaning for name, meaning in XSTEST.items())
+    # single answers without a label still tell what a run can be asked; pairs are a mistake
+    says = "benign" in row and found in ([], [SINGLE_ANSWERS])
+    if row.get("prompt") is not None and (says or (of_xstest and not found)):
         return PROMPTS_ALONE
     if found:
         raise ValueError(
@@ -390,6 +403,12 @@ def read_row(name, row, place, notes):
         return prompt_alone(row, place, notes)
     read, benign = FORMATS[name].read(row, place, notes), benign_in(row, place)
     return read if read is None or benign is None else replace(read, benign=benign)
+
+
+def has_labels(row, name):
+    """Whether the row has a label of safety that the format of that name reads."""
+    fields, labels = FORMATS[name].fields, spellings_of(FORMATS[name].labels)
+    return not row.keys().isdisjoint(fields) and not row.keys().isdisjoint(labels)
 
 
 def spellings_of(labels):

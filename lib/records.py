@@ -61,7 +61,7 @@ class Records:
                 notes[SAME_ANSWERS] += 1
                 continue
             notes[EMPTY] += not (r.response_0.strip() and r.response_1.strip())
-            key = hash(r)
+            key = hash(repr(r))  # without what it says of the prompt
             notes[REPEATED] += key in seen
             seen.add(key)
             yield r
@@ -117,7 +117,7 @@ def paired(rows, notes):
 
     People did not compare these two answers, so that the safe one counts as the better one too.
     """
-    unpaired, seen = {}, set()  # (prompt, is_safe) → answers; hashes of single answers
+    unpaired, seen = {}, set()  # (prompt, is_safe) → Answers; hashes of single answers
     for row in rows:
         if not isinstance(row, Answer):
             yield row
@@ -130,22 +130,23 @@ def paired(rows, notes):
         seen.add(key)
         others = unpaired.get((prompt, not safe))
         if not others:
-            unpaired.setdefault((prompt, safe), []).append(answer)
+            unpaired.setdefault((prompt, safe), []).append(row)
             continue
         notes[PAIRED] += 1
-        ids = int(safe), int(safe)
-        yield Record(prompt, others.pop(0), answer, not safe, safe, *ids, row.benign)
+        other, ids = others.pop(0), (int(safe), int(safe))
+        benign = other.benign if row.benign is None else row.benign
+        yield Record(prompt, other.response, answer, not safe, safe, *ids, benign)
         if not others:
             del unpaired[prompt, not safe]
     notes[UNPAIRED] += sum(map(len, unpaired.values()))
 
 
-def load(data):
+def load(data, split="test"):
     """{"train": Records, "test": Records} of a file, or of a folder.
 
     Where there is no test file, one prompt in ten, by its hash, is held out as the test split. But
     where nothing is there except prompts without answers, all are the test split. ValueError says
-    what is missing.
+    what is missing, and which file of the split "train", if that is wanted, teaches nothing.
     """
     path = hub.data_path(data)
     if not path.exists():
@@ -158,6 +159,12 @@ def load(data):
     inside = inside if path.is_dir() else {"train": ()}
     if "test" not in files and all(map(holds_prompts, files["train"])):
         files, inside = {"test": files["train"]}, {"test": inside["train"]}
+    for file in files.get("train", ()) if split == "train" else ():
+        if holds_prompts(file):
+            raise ValueError(
+                f"{file}: holds prompts without answers, which can judge a run, and teach nothing; "
+                "expected them in a test file"
+            )
     if "test" in files:
         return {
             split: Records(
@@ -239,20 +246,18 @@ def survey(splits):
     digest = hashlib.sha256()
     counts = Counter()
     test_prompts = set()  # hashes
-    shared = 0
+    shared = contrary = 0
+    benign = {}  # hash of a prompt → what its first row says
     for split in sorted(splits, key=lambda split: split != "test"):  # test first
         for r in progress(splits[split], f"reading {split}"):
-            if split == "train" and isinstance(r, Prompt):
-                raise ValueError(
-                    f"{splits[split].place}: has a file of prompts without answers, which can "
-                    "judge a run, and teach nothing; expected it in the test split"
-                )
             about = (split, r) if r.benign is None else (split, r, r.benign)
             digest.update(repr(about).encode("utf-8", "backslashreplace"))
             counts[split] += 1
             prompt = hash(r.prompt)
             if split == "test":
                 test_prompts.add(prompt)
+            if r.benign is not None:
+                contrary += benign.setdefault(prompt, r.benign) != r.benign
             shared += split == "train" and prompt in test_prompts
     for split in splits:
         if not counts[split]:
@@ -269,6 +274,8 @@ def survey(splits):
             lines.append(f"{split} from {', '.join(records.files[:4])}{more}")
     for split, records in splits.items():
         lines += [f"{n} {split} {note}" for note, n in records.notes.items() if n]
+    if contrary:
+        lines.append(f"{contrary} rows contradict an earlier one on whether their prompt is benign")
     if shared:
         lines.append(f"{shared} train rows have a prompt that is in test too")
     return digest.hexdigest(), lines

@@ -135,8 +135,12 @@ def preference_table(results):
 
 def asked(results):
     """How many prompts stand behind the figures."""
-    counts = {(result["policy"]["n"], result["policy"]["n_benign"]) for result in results}
-    counts = sorted(f"{n} prompts" + f" ({b} benign)" * (b is not None) for n, b in counts)
+    numbers = ("n", "n_benign", "n_harmful")
+    counts = {tuple(result["policy"][name] for name in numbers) for result in results}
+    counts = sorted(
+        f"{n} prompts" + f" ({benign} benign, {harmful} harmful)" * (benign is not None)
+        for n, benign, harmful in counts
+    )
     return f"One answer to each of {' or '.join(counts)}. ± is half the 95 % interval.\n"
 
 
@@ -234,10 +238,11 @@ def first_look(folder, config, result):
 
 
 def what_happened(result):
-    """Sentences on a judged run; of another one, what there is to say without a judge."""
-    return sentences(result) or (
-        asked([result]) + notes([result]) + preference_table({"policy": result})
-    )
+    """Sentences on what is judged; of a run without a judge, also what else there is to say."""
+    if is_judged(result):
+        return sentences(result)
+    rest = asked([result]) + notes([result]) + preference_table({"policy": result})
+    return "\n".join(filter(None, (sentences(result), rest)))
 
 
 def sentences(result):

@@ -17,6 +17,7 @@ from lib.flags import problems
 from lib.settings import (
     FREE_FLAGS,
     MODELS,
+    NEW_FLAGS,
     REFERENCE_FLAGS,
     SAMPLING,
     SIZE_FLAGS,
@@ -68,7 +69,7 @@ def open_run(given):
             "expected bfloat16 or float32"
         )
     if config.fsdp and config.sample_every:
-        raise ValueError("--sample_every does not go with --fsdp; leave one of them out")
+        raise ValueError("--sample_every does not go with --fsdp; expected --sample_every 0")
     watch.check(config.log)
     try:
         datetime.date.fromisoformat(config.date or "2026-01-31")
@@ -101,7 +102,7 @@ def resumed(folder, given):
             f"{folder} holds no run to resume (config.json is missing); without --resume one starts"
         )
     names = [f.name for f in fields(TrainConfig) if f.name != "verbose"]
-    needed = [name for name in names if name not in FREE_FLAGS]
+    needed = [name for name in names if name not in NEW_FLAGS]
     expected = {**dict.fromkeys(needed), "data_sha256": str, "reference": (str, type(None))}
     saved = checkpoint.read_json(path, expected)
     saved = {name: saved[name] for name in names if name in saved}  # an older run lacks new flags

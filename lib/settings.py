@@ -80,7 +80,9 @@ class TrainConfig(Settings):
     )
     resume: bool = flag(False, "go on with the run in the folder")
     sample_every: int = flag(
-        0, "print the answers to three test prompts every so many steps; 0: never", least=0
+        0,
+        "print answers to three test prompts after every so many steps of each stage; 0: never",
+        least=0,
     )
     log: str = flag(
         "none",
@@ -208,8 +210,17 @@ class EvalConfig(Settings):
     )
 
     IDLE: ClassVar = {
-        "chat": ("prompt", "export", "export_adapter", "data", "split", "eval_prompts", *SHOWN),
-        "prompt": ("export", "export_adapter", "data", "split", *SHOWN),
+        "chat": (
+            "prompt",
+            "export",
+            "export_adapter",
+            "data",
+            "split",
+            "eval_prompts",
+            "judge_template",
+            *SHOWN,
+        ),
+        "prompt": ("export", "export_adapter", "data", "split", "judge_template", *SHOWN),
         "export": ("export_adapter", "split", "dtype", *SAMPLING, *SHOWN),
         "export_adapter": ("data", "split", "dtype", "device", *SAMPLING, *SHOWN),
         "scores": ("reward_model", "cost_model", "judge_template"),
@@ -229,6 +240,8 @@ FREE_FLAGS = (
     "resume", "out_dir", "verbose", "fsdp", "checkpointing", "compile", "micro_batch_size",
     "sample_every", "log",
 )  # fmt: skip
+# a run that an earlier version began does not know them
+NEW_FLAGS = ("sample_every", "log")
 # what a reference trained by SFT depends on, beside the data
 REFERENCE_FLAGS = (
     *SIZE_FLAGS, "init_from", "prompt_template", "seed", "device", "dtype", "max_length",

@@ -86,9 +86,10 @@ class Stage:
                 os.fsync(self.log.fileno())
             self.save(step)
         self.steps_done = step
-        began = time.perf_counter()
-        self.watch.after_step(self.name, step, self.model)
-        self.began_at += time.perf_counter() - began
+        if not must_stop:
+            began = time.perf_counter()
+            self.watch.after_step(self.name, step, self.model)
+            self.began_at += time.perf_counter() - began
         give_back()
         if must_stop:
             raise KeyboardInterrupt(self.last_saved())

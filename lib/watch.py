@@ -19,6 +19,7 @@ from tqdm import tqdm
 PROMPTS = 3  # that are answered
 TOKENS = 64  # of such an answer, at most
 SECONDS = 60  # between two pictures
+WANDB_MODES = ("offline", "online", "disabled")
 
 
 class Watch:
@@ -70,24 +71,35 @@ class Watch:
 
                 yield log
         else:
-            import wandb
-
-            with wandb.init(
-                project="safedpo",
-                group=self.folder.name,
-                name=f"{self.folder.name}-{stage}",
-                dir=self.folder,
-                config=asdict(self.config),
-                mode=os.environ.get("WANDB_MODE", "offline"),
-            ) as run:
+            with self.wandb_run(stage) as run:
                 run.define_metric("*", step_metric="train/global_step")
                 yield lambda step, metrics: run.log(
                     {f"train/{name}": value for name, value in metrics.items()}
                     | {"train/global_step": step}
                 )
 
+    def wandb_run(self, stage):
+        """A run in Weights & Biases, of the group that has the folder's name."""
+        import wandb
+
+        group = self.folder.name
+        names = dict(project="safedpo", group=group, name=f"{group}-{stage}", dir=self.folder)
+        try:
+            return wandb.init(**names, config=asdict(self.config), mode=wandb_mode())
+        except wandb.errors.Error as e:
+            reason = str(e).partition("\n")[0]
+            raise ConnectionError(f"--log wandb: {reason}; WANDB_MODE=offline needs no account")
+
 
 def check(log):
-    """ValueError where --log names a package that is not installed."""
-    if log != "none" and not importlib.util.find_spec(log):
+    """ValueError where --log cannot do its work."""
+    found = importlib.util.find_spec(log) if log != "none" else None
+    if log != "none" and (found is None or found.origin is None):  # a folder of that name
         raise ValueError(f"--log {log} needs {log}: pip install {log}")
+    if log == "wandb" and wandb_mode() not in WANDB_MODES:
+        modes = ", ".join(WANDB_MODES)
+        raise ValueError(f"WANDB_MODE is {wandb_mode()!r}; expected one of {modes}")
+
+
+def wandb_mode():
+    return os.environ.get("WANDB_MODE") or "offline"

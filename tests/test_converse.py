@@ -1,6 +1,8 @@
 """A conversation in the terminal: who hears what, and what a user can type."""
 
 import builtins
+import re
+import sys
 
 from lib import converse
 from lib.chat import Message
@@ -77,7 +79,14 @@ def test_the_answer_is_the_one_that_sampling_gives(talk, finished):
     assert shown == [{"reference": reference, "policy": policy}]
     again = [talk("How?", "How?", "/clear", "How?")[1] for _ in range(2)]
     assert again[0] == again[1], "the seed says all"
-    assert len({answer for _, answer in again[0]}) > 2, "and another turn draws other numbers"
+    first, after_clear = again[0][0], again[0][4]
+    assert first[0] == after_clear[0] and first[1] != after_clear[1], "turns draw other numbers"
+
+
+@pytest.mark.parametrize("flag", [["--top_k", "1"], ["--top_p", "1e-9"], ["--temperature", "0"]])
+def test_sampling_is_as_the_flags_say(talk, flag):
+    greedy = talk("How?", flags=["--temperature", "0"])[1]
+    assert talk("How?", flags=flag)[1] == greedy != talk("How?")[1]
 
 
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(talk, monkeypatch):
@@ -114,7 +123,23 @@ def test_a_conversation_that_is_too_long_is_said(talk, monkeypatch):
 
     monkeypatch.setattr(converse, "generate", refuse)
     shown, _ = talk("/policy", "a?")
-    assert "policy:    no answer (too many tokens); /clear begins anew" in shown
+    assert "policy:    no answer: too many tokens; /clear begins anew" in shown
+
+
+def test_a_conversation_without_room_is_said(talk):
+    shown, heard = talk("/policy", "a?", "b " * 40, flags=["--sample_length", "30"])
+    assert len(heard) == 1
+    assert re.search(r"no answer: \d+ tokens leave no room in --sample_length; /clear", shown)
+
+
+def test_what_is_no_text_is_said(talk, finished, monkeypatch):
+    no_text = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    shown, heard = talk("/policy", "\udcff", no_text, "/usr, what is it?")
+    assert shown.count("this is no valid Unicode") == 2
+    assert [messages[-1].content for messages, _ in heard] == ["/usr, what is it?"]
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="--chat: input or output is closed"):
+        script.main([str(finished), "--chat"])
 
 
 def test_one_run_is_talked_with(finished, capsys):

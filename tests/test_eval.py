@@ -63,7 +63,7 @@ def test_prompts_alone_are_judged_by_refusal(finished, tmp_path, monkeypatch, ca
     assert (result["policy"]["n"], result["policy"]["n_benign"]) == (7, 5)
     assert result["policy"]["preferences"] == {} and result["policy"]["harmless_ratio"] is None
     text = table({"run": result})
-    assert "7 prompts (5 benign)" in text and "held-out pairs" not in text
+    assert "7 prompts (5 benign, 2 harmful)" in text and "held-out pairs" not in text
     assert "which prompts are benign" not in text
 
     samples = out / "samples-dataxstest_prompts.csv.jsonl"
@@ -86,6 +86,9 @@ def test_pairs_that_say_which_prompts_are_benign_are_judged_by_refusal(finished,
     result = evaluate(out, SETTINGS, source=str(file), split="train")
     assert 0 < result["policy"]["n_benign"] < result["policy"]["n"] == 8
     assert result["policy"]["preferences"] and result["policy"]["refusal"]
+    said = script.report.what_happened(result)
+    assert "over-refusal" in said.lower() or "refus" in said
+    assert "8 prompts (" in said and "held-out pairs" in said and "no judge" in said
 
 
 def test_the_toy_annotator_judges_when_asked(finished, tmp_path):

@@ -192,6 +192,9 @@ def test_data_without_labels_is_refused_by_what_it_lacks(fields, message):
         ({"type": "contrast_discr"}, False),
         ({"type": "privacy_public"}, True),
         ({"completion": "Yes.", "label": "compliance", "benign": True}, True),  # no label of safety
+        ({"label": "Unsafe "}, False),
+        ({"label": "", "type": "privacy_fictional"}, True),
+        ({"benign": "", "label": "safe"}, True),
     ],
 )
 def test_prompts_without_answers(fields, benign):
@@ -208,7 +211,9 @@ def test_prompts_without_answers(fields, benign):
         ({"label": ["safe"]}, "label is .*; expected one of safe"),
         ({"type": "riddle"}, 'type is "riddle"; expected one of homonyms, .*contrast_privacy; or'),
         ({"benign": "maybe"}, 'benign is "maybe"; expected true or false'),
-        ({"benign": None}, "type is null; expected"),
+        ({"benign": None}, "benign is empty; expected true or false"),
+        ({"benign": ""}, "benign is empty; expected true or false"),
+        ({**ROW, "benign": True}, "is one of PKU-SafeRLHF, and the file's first row is a prompt"),
         ({"label": "safe", "prompt": " "}, "prompt is empty"),
     ],
 )
@@ -217,7 +222,13 @@ def test_bad_prompts_are_named(fields, message):
         read_row(PROMPTS_ALONE, {"prompt": "x?", **fields}, "here:7", Counter())
 
 
-@pytest.mark.parametrize("fields", [{"label": 1}, {"type": "riddle"}, {"benign": None}, {}])
+def test_pairs_without_labels_are_a_mistake_whatever_they_say_of_their_prompt():
+    for fields in (TEXTS, {"response_0": "yes", "response_1": "no"}):
+        with pytest.raises(ValueError, match="without safety labels"):
+            recognise({"prompt": "x?", **fields, "benign": True}, "here:7")
+
+
+@pytest.mark.parametrize("fields", [{"label": 1}, {"type": "riddle"}, {}])
 def test_a_prompt_that_says_nothing_of_itself_is_no_row(fields):
     with pytest.raises(ValueError, match="here:7: the fields are"):
         recognise({"prompt": "x?", **fields}, "here:7")

@@ -297,17 +297,31 @@ def test_prompts_without_answers_are_the_test_split(tmp_path):
     write(folder / "test.jsonl", prompts)
     assert records.survey(load(str(folder)))[1][0].startswith("1 train, 30 test")
     write(folder / "train.jsonl", prompts)
-    with pytest.raises(ValueError, match="its train split: has a file of prompts without answers"):
-        records.survey(load(str(folder)))
+    with pytest.raises(ValueError, match=r"train\.jsonl: holds prompts without answers"):
+        load(str(folder), "train")
+    assert len(list(load(str(folder))["test"])) == 30, "a run can be judged all the same"
+    (folder / "test.jsonl").unlink()
+    write(folder / "more-train.jsonl", [json.dumps(row(prompt=f"{i}?")) for i in range(30)])
+    assert load(str(folder)).keys() == {"train", "test"}, "not prompts alone"
 
 
 def test_the_first_row_of_a_prompt_says_whether_it_is_benign():
     rows = records_of([row(benign=True), row(benign=False), row(prompt="y?"), row(prompt="z?")])
     assert records.benign_of(split_of(rows), {"x?", "y?"}) == {"x?": True}
     counts = Counter()
-    single = [Answer("a?", "yes", True, False), Answer("a?", "no", False, False)]
-    (pair,) = records.paired(single, counts)
-    assert pair.benign is False
+    for said in ((False, None), (None, False), (False, False)):
+        single = [Answer("a?", "yes", True, said[0]), Answer("a?", "no", False, said[1])]
+        (pair,) = records.paired(single, counts)
+        assert pair.benign is False and (pair.response_0, pair.response_1) == ("yes", "no")
+
+
+def test_what_rows_say_of_their_prompts_belongs_to_the_data():
+    splits = lambda *said: {"test": split_of(records_of([row(benign=b) for b in said]))}
+    digest, lines = records.survey(splits(True, False, None))
+    assert "2 test pairs repeat an earlier one" in lines
+    assert "1 rows contradict an earlier one on whether their prompt is benign" in lines
+    assert records.survey(splits(True, True, None))[0] != digest
+    assert not any("contradict" in line for line in records.survey(splits(True, True, None))[1])
 
 
 def test_label_noise_flips_flags_and_nothing_else():

@@ -32,6 +32,7 @@ def result(pairs, delta, helpfulness, reference=1.0):
             "helpfulness": figure(h),
             "n": 10,
             "n_benign": 5,
+            "n_harmful": 5,
             "preferences": {**preferences, "safe-safe/pairs": 3},
         }
 

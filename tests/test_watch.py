@@ -1,5 +1,6 @@
 """What a user watches while a run trains changes nothing in it."""
 
+import importlib.machinery
 import re
 
 from lib import checkpoint, watch
@@ -20,7 +21,12 @@ def test_samples_are_printed_every_so_many_steps_and_change_nothing(
 ):
     drawn = []
     monkeypatch.setattr(watch, "SECONDS", -1)
+    monkeypatch.setattr(watch, "TOKENS", 2)
     monkeypatch.setattr(watch.report, "draw_curves", drawn.append)
+    sampled, sample = [], watch.sample_answers
+    monkeypatch.setattr(
+        watch, "sample_answers", lambda *how: sampled.extend(found := sample(*how)) or found
+    )
     capsys.readouterr()
     flags = ["--data", str(folder), "--delta", "5", "--sample_every", "3"]
     train.main([*TINY, *flags, "--out_dir", str(tmp_path / "run")])
@@ -30,6 +36,7 @@ def test_samples_are_printed_every_so_many_steps_and_change_nothing(
     expected = [(stage, str(step)) for stage, step in steps if step % 3 == 0]
     assert shown == expected and len({stage for stage, _ in shown}) == 2
     assert said.count("    sft:  ") == 3 * sum(stage == "sft" for stage, _ in shown)
+    assert all(len(y) <= 2 for y in sampled)
     assert len(drawn) == 1 + sum(stage == "safedpo" for stage, _ in steps), "and at the end"
     ours, plain = weights(tmp_path / "run"), weights(finished)
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
@@ -42,10 +49,20 @@ def train_lines(folder):
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_done(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name: None)
-    for log in ("tensorboard", "wandb"):
-        error = complaint(train.main, ["--log", log, "--out_dir", str(tmp_path / "run")], capsys)
-        assert f"--log {log} needs {log}: pip install {log}" in error
+    a_folder = importlib.machinery.ModuleSpec("wandb", None, is_package=True)
+    for found in (None, a_folder):
+        monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name, found=found: found)
+        for log in ("tensorboard", "wandb"):
+            argv = ["--log", log, "--out_dir", str(tmp_path / "run")]
+            error = complaint(train.main, argv, capsys)
+            assert f"--log {log} needs {log}: pip install {log}" in error
+    there = importlib.machinery.ModuleSpec("wandb", None, origin="wandb/__init__.py")
+    monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name: there)
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    argv = ["--log", "wandb", "--out_dir", str(tmp_path / "run")]
+    assert "WANDB_MODE is 'sometimes'; expected one of offline" in complaint(
+        train.main, argv, capsys
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases are given the numbers of metrics.jsonl, under TRL's names."""
 
+import contextlib
 import json
 import os
 
@@ -7,6 +8,7 @@ from lib.settings import TrainConfig
 from lib.watch import Watch
 
 import pytest
+import wandb
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,3 +58,32 @@ def test_wandb_writes_offline(tmp_path, monkeypatch):
     for name in ("train/rewards/margins", "train/global_step", "a-run-safedpo"):
         assert name.encode() in content
     assert os.environ.get("WANDB_MODE") is None
+
+
+def test_wandb_gets_each_steps_numbers(tmp_path, monkeypatch):
+    sent, names = [], {}
+
+    class Run:
+        define_metric = lambda self, name, step_metric: sent.append((name, step_metric))
+        log = lambda self, row: sent.append(row)
+
+    def init(**given):
+        names.update(given)
+        return contextlib.nullcontext(Run())
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_MODE", "")
+    watch = Watch(TrainConfig(log="wandb", delta=3.0, out_dir=str(tmp_path / "r")), {}, None)
+    with watch.tracker("sft", 4) as log:
+        log(5, METRICS)
+    assert (names["mode"], names["group"], names["name"]) == ("offline", "r", "r-sft")
+    assert names["config"]["delta"] == 3.0
+    of_step = {"train/loss": 0.5, "train/rewards/margins": 1.5, "train/grad_norm": 2.0}
+    assert sent == [("*", "train/global_step"), of_step | {"train/global_step": 5}]
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.\nMore text.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(OSError, match="wandb: No API key configured.; WANDB_MODE=offline needs"):
+        watch.wandb_run("sft")
