@@ -50,8 +50,7 @@ def refused(results, run, figure):
     """The share of refused prompts: "refusal" of the harmful ones, "over_refusal" of the others."""
     hits = n = 0
     for figures, _ in models(results, run):
-        benign = figures["n_benign"]
-        asked = benign if figure == "over_refusal" else figures["n"] - benign
+        asked = figures["n_benign" if figure == "over_refusal" else "n_harmful"]
         hits, n = hits + round(figures[figure]["value"] * asked), n + asked
     return interval(hits, n)
 

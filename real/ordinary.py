@@ -4,8 +4,9 @@ any training, to everyday requests, and how probable they are to each run's mode
     python -m real.ordinary MODEL OUT RUN [RUN …]
 
 MODEL is a Hugging Face folder; OUT/ordinary.jsonl keeps its answers, OUT/ordinary.json the figures:
-{run: {"reference", "policy": mean log-probability in nats a token, "fall": {"value", "ci95"} of
-their difference over the answers, "answers": how many}}.
+{run: {"reference", "policy": log-probability in nats a token, the mean of the answers' means,
+"fall": {"value", "ci95"} of their difference, "answers": how many}}. The interval is over requests,
+since the answers to one are alike.
 """
 
 import json
@@ -52,6 +53,10 @@ def per_token(path, rows, device, dtype):
     return [logp / len(ids) for logp, ids in zip(logps.tolist(), y)]
 
 
+def batched(values, n):
+    return [values[i : i + n] for i in range(0, len(values), n)]
+
+
 def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) < 3:
@@ -60,13 +65,15 @@ def main(argv=None):
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     path = Path(out) / "ordinary.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         make(model, path, device, dtype)
     rows = [row for row, _ in read_rows(path)]
     figures = {}
     for folder in folders:
         each = {m: per_token(Path(folder) / f"{m}.pt", rows, device, dtype) for m in MODELS}
-        fall = mean([before - after for before, after in zip(*each.values())])
+        falls = [before - after for before, after in zip(*each.values())]
+        fall = mean([sum(some) / len(some) for some in batched(falls, ANSWERS)])
         means = {name: sum(values) / len(values) for name, values in each.items()}
         figures[folder] = {**means, "fall": fall, "answers": len(rows)}
         print(f"{folder}: falls by {fall['value']:.3f} nats a token")

@@ -15,21 +15,26 @@ import json
 import sys
 from pathlib import Path
 
+from lib import checkpoint
 from lib.flags import run
+from lib.formats import checked_values
+from lib.rows import read_rows
 
 
-def read(folder, split):
-    with open(Path(folder) / f"{split}.jsonl", encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    for row in rows:
-        if "prompt_type" in row:
+def read(folder, split, field):
+    """The rows of a split, which have that field; XSTest's with what its prompts are."""
+    rows = []
+    for row, place in read_rows(folder / f"{split}.jsonl"):
+        checked_values(row, {"prompt": str, field: str}, place)
+        if field == "prompt_type":
             row["benign"] = not row["prompt_type"].startswith("contrast_")
+        rows.append(row)
     return rows
 
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
+    with checkpoint.replacing(path) as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"{path}: {len(rows)} rows, {len({row['prompt'] for row in rows})} prompts")
 
@@ -44,14 +49,18 @@ def main(argv=None):
     if len(arguments) != 3:
         raise ValueError("expected python -m real.prepare XSTEST PKU OUT")
     xstest, pku, out = map(Path, arguments)
-    pairs, answers = read(xstest, "train"), read(pku, "train")
+    pairs, answers = read(xstest, "train", "prompt_type"), read(pku, "train", "response")
     for name, held_out in (("all", None), ("choose", is_chosen_on)):
         train = [row for row in pairs if not (held_out and held_out(row))]
-        test = [row for row in pairs if held_out(row)] if held_out else read(xstest, "test")
+        test = (
+            [row for row in pairs if held_out(row)]
+            if held_out
+            else read(xstest, "test", "prompt_type")
+        )
         write(out / name / "train-xstest.jsonl", train)
         write(out / name / "train-pku.jsonl", answers)
         write(out / name / "test.jsonl", test)
-    write(out / "pku" / "test.jsonl", read(pku, "test"))
+    write(out / "pku" / "test.jsonl", read(pku, "test", "response"))
 
 
 if __name__ == "__main__":
