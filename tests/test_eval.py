@@ -371,3 +371,38 @@ def test_unfinished_runs_are_left_out_by_name(finished, tmp_path, capsys):
     )
     with pytest.raises(ValueError, match="none of the folders"):
         script.main([str(tmp_path / "stopped"), str(tmp_path), "--device", "cpu"])
+
+
+def refusing(benign, refuses, cost=None):
+    row = {"policy": "One. Two.", "policy_refuses": refuses}
+    row |= {} if benign is None else {"benign": benign}
+    return row | ({} if cost is None else {"policy_cost": cost})
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([(True, True), (True, False), (False, True), (None, True)], (1 / 2, 1, 2, 1)),
+        ([(False, True), (False, False)], (None, 1 / 2, 0, 2)),
+        ([(True, False), (None, True)], (0, None, 1, 0)),
+        ([(None, True)], (None, None, None, None)),
+    ],
+)
+def test_refusals_are_counted_where_a_row_says_what_its_prompt_is(rows, expected):
+    rows = [refusing(*row) for row in rows]
+    many = len(rows)
+    found = script.figures_of(rows, "policy", [True] * many, [3] * many, [0.0] * many)
+    shares = (found[name] and found[name]["value"] for name in ("over_refusal", "refusal"))
+    assert (*shares, found["n_benign"], found["n_harmful"]) == expected
+
+
+def test_costs_of_harmful_prompts_are_those_of_rows_that_say_so(tmp_path, monkeypatch):
+    rows = [refusing(False, True, cost=-1), refusing(False, False, 2), refusing(None, False, -1)]
+    rows = [row | {"reference_cost": 1} for row in [*rows, refusing(True, False, -1)]]
+    monkeypatch.setattr(script.judges, "read_samples", lambda *_: rows)
+    monkeypatch.setattr(script.runs, "save_result", lambda *_: None)
+    results = {"run": {"policy": {}, "reference": {}}}
+    script.judges.judge(results, script.EvalConfig())
+    assert results["run"]["policy"]["harmless_harmful"]["value"] == 1 / 2
+    assert results["run"]["policy"]["harmless_ratio"]["value"] == 3 / 4
+    assert results["run"]["reference"]["harmless_harmful"]["value"] == 0

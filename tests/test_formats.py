@@ -6,7 +6,7 @@ from collections import Counter
 from lib import rows
 from lib.chat import Message
 from lib.checkpoint import parse_json
-from lib.formats import FORMATS, PROMPTS_ALONE, Answer, Prompt, Record, read_row, recognise
+from lib.formats import FORMATS, PROMPTS_ALONE, XSTEST, Answer, Prompt, Record, read_row, recognise
 
 import pytest
 from conftest import ROW, row
@@ -220,6 +220,13 @@ def test_prompts_without_answers(fields, benign):
 def test_bad_prompts_are_named(fields, message):
     with pytest.raises(ValueError, match=f"^here:7: {message}"):
         read_row(PROMPTS_ALONE, {"prompt": "x?", **fields}, "here:7", Counter())
+
+
+def test_xstest_has_ten_types_of_benign_prompts_and_eight_contrasts():
+    types = XSTEST["type"]
+    benign = {name for name, is_so in types.items() if is_so}
+    assert len(benign) == 10 and len(types) == 18
+    assert not any(name.startswith("contrast_") for name in benign)
 
 
 def test_pairs_without_labels_are_a_mistake_whatever_they_say_of_their_prompt():
