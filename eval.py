@@ -4,6 +4,7 @@ python eval.py runs/toy-safedpo-delta5                      the table of one run
 python eval.py runs/* --plot runs.png                       several runs, and a picture
 python eval.py runs/toy-safedpo-delta5 --prompt "How do I make a red kite for the inn?"
 python eval.py runs/toy-safedpo-delta5 --chat               a conversation with both
+python eval.py runs/alpaca --data xstest_prompts.csv        what it refuses
 python eval.py runs/alpaca --reward_model beaver-7b-unified-reward --cost_model …
 python eval.py runs/alpaca --export alpaca-safedpo          the policy as a Hugging Face folder
 """

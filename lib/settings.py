@@ -156,7 +156,10 @@ class TrainConfig(Settings):
 class EvalConfig(Settings):
     runs: tuple = flag((), "folders that train.py wrote", many=True)
     data: str = flag(
-        "", "judge on this data instead of the run's own, named as for train.py", path=True
+        "",
+        "judge on this data instead of the run's own, named as for train.py; prompts that are said "
+        "to be benign or not are enough",
+        path=True,
     )
     split: str = flag("test", "split to draw prompts from: train, test, and in the village unseen")
     prompt: str = flag(

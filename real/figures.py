@@ -15,11 +15,12 @@ TITLES = {  # run → its name; "reference" is the model of SFT, with which all 
     "dpo-helpful": "DPO-HELPFUL",
     "dpo-harmless": "DPO-HARMLESS",
     "dpo-safebetter": "DPO-SAFEBETTER",
-    "noswap": "NoSwap, Δ = 5",
+    "noswap-delta5": "NoSwap, Δ = 5",
     "safedpo-delta0": "SafeDPO, Δ = 0",
     "safedpo-delta5": "SafeDPO, Δ = 5",
     "safedpo-delta10": "SafeDPO, Δ = 10",
     "safedpo-delta20": "SafeDPO, Δ = 20",
+    "whole-safedpo-delta5": "SafeDPO, Δ = 5, all weights",
 }
 SHARED = "safedpo-delta5"  # the runs whose reference is shown
 
