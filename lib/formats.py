@@ -33,7 +33,7 @@ class Record:
     is_response_1_safe: bool
     better_response_id: int
     safer_response_id: int
-    benign: bool = field(default=None, repr=False)
+    benign: bool | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Answer:
     prompt: str | tuple
     response: str
     is_safe: bool
-    benign: bool = None
+    benign: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from itertools import islice
 
 from lib.chat import TEMPLATES, messages_of
 from lib.checkpoint import parse_json
-from lib.formats import FORMATS, LABELS, Answer, Record, recognise
+from lib.formats import LABELS, Answer, Prompt, Record, read_row, recognise
 from lib.records import read_file
 from lib.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def read(value):
 
 def read_line(line):
     row = parse_json(line, "f:1")
-    return FORMATS[recognise(row, "f:1")].read(row, "f:1", Counter())
+    return read_row(recognise(row, "f:1"), row, "f:1", Counter())
 
 
 ROW = world.splits(n_train=1)["train"][0]
@@ -129,11 +129,16 @@ def named(do):
     )
 )
 def test_any_json_is_a_record_or_a_named_error(value):
-    assert isinstance(named(lambda: read(value)), (Record, Answer, type(None)))
+    assert isinstance(named(lambda: read(value)), (Record, Answer, Prompt, type(None)))
+
+
+SINGLE = {"prompt": "x", "response": "y", "is_safe": True}
+ROWS = [ROW, CHAT, SINGLE, {**ROW, "benign": True}, {"prompt": "x", "benign": True},
+        {"prompt": "x", "label": "safe", "type": "homonyms"}]  # fmt: skip
 
 
 @MANY
-@given(st.sampled_from([ROW, CHAT, {"prompt": "x", "response": "y", "is_safe": True}]), st.data())
+@given(st.sampled_from(ROWS), st.data())
 def test_a_row_with_a_spoiled_field_is_a_record_or_a_named_error(row, draw):
     name = draw.draw(st.sampled_from(sorted(row)))
     spoiled = {
@@ -144,7 +149,9 @@ def test_a_row_with_a_spoiled_field_is_a_record_or_a_named_error(row, draw):
     }
     if (r := named(lambda: read(spoiled))) is not None:
         kinds = type(r).__annotations__ | {"prompt": type(r.prompt)}
-        assert all(type(value) is kinds[name] for name, value in vars(r).items())
+        said = {name: value for name, value in vars(r).items() if name != "benign"}
+        assert all(type(value) is kinds[name] for name, value in said.items())
+        assert r.benign in (True, False, None)
         texts = [message.content for message in messages_of(r.prompt)]
         "".join([*texts, *(getattr(r, name) for name in LABELS[type(r)].values())]).encode()
 
