@@ -18,10 +18,11 @@ METRICS = {"loss": 0.5, "rewards/margins": 1.5, "grad_norm": 2.0}
 
 
 def test_tensorboard_has_each_steps_numbers(folder, tmp_path):
-    train.main([*TINY, "--data", str(folder), "--log", "tensorboard", "--out_dir", str(tmp_path)])
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    out = tmp_path / "run"  # no other run lies beside it, whose reference would be taken
+    train.main([*TINY, "--data", str(folder), "--log", "tensorboard", "--out_dir", str(out)])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for stage in ("sft", "safedpo"):
-        events = EventAccumulator(str(tmp_path / "tensorboard" / stage))
+        events = EventAccumulator(str(out / "tensorboard" / stage))
         events.Reload()
         of_stage = [line for line in lines if line["stage"] == stage]
         for name in of_stage[0].keys() - {"stage", "step"}:
