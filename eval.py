@@ -81,16 +81,19 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
     del model
 
     rows = [{"prompt": as_json(prompt)} for prompt in texts]
-    benign = records.benign_of(splits[split], prompts)
     if annotated:
         benign = {text: world.is_benign(text) for text in texts}
+    else:
+        benign = records.benign_of(splits[split], prompts)
     for text, row in zip(texts, rows):
         row.update({"benign": benign[text]} if text in benign else {})
     for name in MODELS:
         for row, y in zip(rows, said[name]):
             row[name] = tokenizer.decode(y)
-            refused = {f"{name}_refuses": refuses(row[name])}
-            row.update(annotation(row, name) if annotated else refused)
+            if annotated:
+                row.update(annotation(row, name))
+            else:
+                row[f"{name}_refuses"] = refuses(row[name])
         kl = logp[name] - logp["reference"]
         ended = [y[-1] in tokenizer.ends for y in said[name]]
         lengths = [len(y) for y in said[name]]

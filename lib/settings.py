@@ -238,13 +238,13 @@ def usual_alpha(rank):
 
 # a checkpoint brings its own
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
+# a run that an earlier version began does not know them
+NEW_FLAGS = ("sample_every", "log")
 # may change on --resume: the gradients are the same
 FREE_FLAGS = (
     "resume", "out_dir", "verbose", "fsdp", "checkpointing", "compile", "micro_batch_size",
-    "sample_every", "log",
+    *NEW_FLAGS,
 )  # fmt: skip
-# a run that an earlier version began does not know them
-NEW_FLAGS = ("sample_every", "log")
 # what a reference trained by SFT depends on, beside the data
 REFERENCE_FLAGS = (
     *SIZE_FLAGS, "init_from", "prompt_template", "seed", "device", "dtype", "max_length",

@@ -23,9 +23,9 @@ SAVE_SECONDS = 900  # a state is saved at least this often, if a step is not lon
 class Stage:
     """`with Stage(…) as stage:` around the loop over the steps from stage.first_step on.
 
-    watch: a Watch, which shows the user what happens.
     Each pass of the loop ends in stage.finish_step. SIGINT and SIGTERM let a step finish and are
-    obeyed there: the state is saved, and KeyboardInterrupt says where.
+    obeyed there: the state is saved, and KeyboardInterrupt says where. watch: a Watch, which shows
+    the user what happens.
     """
 
     def __init__(self, name, folder, model, optimizer, scaler, steps, save_every, watch):

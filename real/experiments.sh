@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real model made safe: the runs behind "A real model" in README.md and docs/results.md.
+# A real model made safe. A draft: its settings are not chosen yet, and no page shows its results.
 #
 #     MODEL=folder XSTEST=folder PKU=folder real/experiments.sh
 #
