@@ -184,7 +184,7 @@ def train(config, folder, lock):
     if not done.has_reference:
         policy.save_model(folder / "reference.pt", model, tokenizer)
     if not done.has_policy:  # SafeDPO: the reference goes on as the policy
-        ref = reference_logps(model, pairs, config, folder)
+        ref = reference_logps(model, pairs, config, folder) if steps else None
         loss = preference_loss(config.beta, config.delta)
         fit("safedpo", model, pairs, ref, loss, config, folder, watch)
         policy.save_model(folder / "policy.pt", model, tokenizer)

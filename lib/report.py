@@ -313,7 +313,7 @@ def warn_before(config, steps, prompts, is_real, has_adapters):
             "elsewhere wants far less (--lr 1e-6 --beta 0.1 --delta 10 in the paper, and --lr 1e-4 "
             "with adapters)"
         )
-    if steps < FEW_STEPS:
+    if 0 < steps < FEW_STEPS:
         warn(
             f"few steps to learn from ({steps}); a smaller --batch_size, more --epochs or more "
             "data give more"

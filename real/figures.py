@@ -1,93 +1,167 @@
-"""The tables of the real model's runs, from what real/experiments.sh leaves in real/results/.
+"""The tables and the picture of the real model's runs, from real/results/, which experiments.sh
+fills.
 
-Seeds are pooled: a share is that of all seeds' prompts, or pairs, together, with Wilson's interval.
+    python -m real.figures
+
+It draws docs/pictures/real.svg, and puts its tables into README.md and docs/*.md. Seeds are pooled:
+a share is that of all seeds' prompts, or pairs, together, with Wilson's interval.
 """
 
 from collections import defaultdict
 from pathlib import Path
 
 from lib import checkpoint
+from lib.flags import run as run_main
 from lib.metrics import share
+from lib.pages import (
+    BLACK,
+    BLUE,
+    DARK_GREY,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    canvas,
+    markdown,
+    renew,
+)
 
 RESULTS = Path(__file__).parent / "results"
-TITLES = {  # run → its name; "reference" is the model of SFT, with which all others of a seed begin
-    "reference": "reference (SFT)",
-    "dpo-helpful": "DPO-HELPFUL",
-    "dpo-harmless": "DPO-HARMLESS",
-    "dpo-safebetter": "DPO-SAFEBETTER",
-    "noswap-delta5": "NoSwap, Δ = 5",
-    "safedpo-delta0": "SafeDPO, Δ = 0",
-    "safedpo-delta5": "SafeDPO, Δ = 5",
-    "safedpo-delta10": "SafeDPO, Δ = 10",
-    "safedpo-delta20": "SafeDPO, Δ = 20",
-    "whole-safedpo-delta5": "SafeDPO, Δ = 5, all weights",
+RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of a seed begin with
+    "reference": ("reference (SFT)", BLACK, "s"),
+    "dpo-helpful": ("DPO-HELPFUL", VERMILION, "^"),
+    "dpo-harmless": ("DPO-HARMLESS", PURPLE, "v"),
+    "dpo-safebetter": ("DPO-SAFEBETTER", ORANGE, "D"),
+    "noswap-delta5": ("NoSwap, Δ = 5", SKY, "P"),
+    "safedpo-delta0": ("SafeDPO, Δ = 0", BLUE, "d"),
+    "safedpo-delta5": ("SafeDPO, Δ = 5", BLUE, "o"),
+    "safedpo-delta10": ("SafeDPO, Δ = 10", BLUE, "*"),
+    "safedpo-delta20": ("SafeDPO, Δ = 20", BLUE, "p"),
 }
-SHARED = "safedpo-delta5"  # the runs whose reference is shown
+SHARED = "safedpo-delta5"  # the run of each seed whose reference is shown
+PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker), 7B models, XSTest
+    "DPO-HELPFUL": (14.5, 0.0, VERMILION, "^"),
+    "SafeRLHF": (84.5, 3.2, DARK_GREY, "X"),
+    "SACPO": (86.0, 2.4, GREEN, "<"),
+    "SafeDPO, Δ = 10": (100.0, 12.4, BLUE, "*"),
+}
 
 
 def load(name):
-    """{run: [its result for each seed]} of results/name.json, whose folders are …/seed1/run."""
+    """{run: [its result for each seed]} of results/seed1/name.json, results/seed2/name.json, …"""
     runs = defaultdict(list)
-    for folder, result in sorted(checkpoint.read_json(RESULTS / f"{name}.json").items()):
-        runs[Path(folder).name].append(result)
+    for path in sorted(RESULTS.glob(f"seed*/{name}.json")):
+        for folder, result in checkpoint.read_json(path).items():
+            runs[Path(folder).name].append(result)
     return runs
 
 
-def models(results, run):
-    """[(the figures, the reference's figures) of each seed's model of that name]."""
+def models(name, run):
+    """The figures of each seed's model of that name, on the data of that name."""
+    runs = load(name)
     if run == "reference":
-        return [(result["reference"], result["reference"]) for result in results[SHARED]]
-    return [(result["policy"], result["reference"]) for result in results[run]]
+        return [result["reference"] for result in runs[SHARED]]
+    return [result["policy"] for result in runs[run]]
 
 
-def interval(hits, n):
+def pooled(counts):
+    """{"value", "ci95"} of the share of hits, counts = [(share, n) of each seed]."""
+    hits, n = sum(round(value * n) for value, n in counts), sum(n for _, n in counts)
+    return share([True] * hits + [False] * (n - hits))
+
+
+def refused(name, run, figure):
+    """The share of refused prompts: "refusal" of the harmful ones, "over_refusal" of the others."""
+    asked = "n_benign" if figure == "over_refusal" else "n_harmful"
+    return pooled([(each[figure]["value"], each[asked]) for each in models(name, run)])
+
+
+def in_order(name, run, kind):
+    """The share of held-out pairs of a kind whose winner has the greater implicit reward."""
+    if run == "reference":
+        return None
+    found = [each["preferences"] for each in models(name, run)]
+    return pooled([(each[f"{kind}/rewards/accuracies"], each[f"{kind}/pairs"]) for each in found])
+
+
+def interval(found):
     """ "90 (83–94)": a share in %, and its interval."""
-    found = share([True] * hits + [False] * (n - hits))
+    if found is None:
+        return "–"
     value, low, high = (100 * x for x in (found["value"], *found["ci95"]))
     return f"{value:.0f} ({low:.0f}–{high:.0f})"
 
 
-def refused(results, run, figure):
-    """The share of refused prompts: "refusal" of the harmful ones, "over_refusal" of the others."""
-    hits = n = 0
-    for figures, _ in models(results, run):
-        asked = figures["n_benign" if figure == "over_refusal" else "n_harmful"]
-        hits, n = hits + round(figures[figure]["value"] * asked), n + asked
-    return interval(hits, n)
+def change(run):
+    """The mean change of ordinary answers' log-probability, nats a token."""
+    if run == "reference":
+        return "–"
+    falls = [result["fall"]["value"] for result in load("ordinary")[run]]
+    return f"{-sum(falls) / len(falls):+.3f}"
 
 
-def in_order(results, run, kind):
-    """The share of held-out pairs of a kind whose winner has the greater implicit reward."""
-    hits = n = 0
-    for figures, _ in models(results, run):
-        preferences = figures["preferences"]
-        pairs = preferences[f"{kind}/pairs"]
-        hits, n = hits + round(preferences[f"{kind}/rewards/accuracies"] * pairs), n + pairs
-    return "–" if run == "reference" else interval(hits, n)
+COLUMNS = {  # heading → a run's cell
+    "seeds": lambda run: str(len(models("xstest", run))),
+    "refuses unsafe %": lambda run: interval(refused("xstest", run, "refusal")),
+    "over-refusal %": lambda run: interval(refused("xstest", run, "over_refusal")),
+    "everyday refused %": lambda run: interval(refused("everyday", run, "over_refusal")),
+    "safe answer first %, PKU": lambda run: interval(in_order("pku", run, "safe-unsafe")),
+    "safe first %, XSTest": lambda run: interval(in_order("xstest", run, "safe-unsafe")),
+    "helpful first %, XSTest": lambda run: interval(in_order("xstest", run, "safe-safe")),
+    "ordinary answers, nats a token": change,
+}
+TABLES = {  # name on the page → (headings, runs)
+    "real glance": (
+        list(COLUMNS)[:5],
+        ("reference", "dpo-helpful", "noswap-delta5", "safedpo-delta5"),
+    ),
+    "real": (list(COLUMNS), tuple(RUNS)),
+}
 
 
-def rows():
-    """The lines of the table, its head first."""
-    xstest, pku, everyday, ordinary = map(load, ("xstest", "pku", "everyday", "ordinary"))
-    lines = [
-        ["", "runs", "refuses unsafe %", "over-refusal %", "safe answer first %, PKU",
-         "helpful answer first %, XSTest", "everyday refused %", "ordinary answers, nats a token"],
-    ]  # fmt: skip
-    for run, title in TITLES.items():
-        if not models(xstest, run):
+def table(name):
+    """One of TABLES as Markdown: a line for each run that there is."""
+    headings, names = TABLES[name]
+    names = [run for run in names if models("xstest", run)]
+    rows = [[RUNS[run][0], *(COLUMNS[heading](run) for heading in headings)] for run in names]
+    return markdown([["", *headings], *rows])
+
+
+def draw_real():
+    """Refusals of benign requests against refusals of unsafe ones, here and in the paper."""
+    figure, ((ours, paper),) = canvas(1, 2, (10, 4.6))
+    for run, (title, colour, marker) in RUNS.items():
+        if not models("xstest", run):
             continue
-        falls = [result["fall"]["value"] for result in ordinary[run]]
-        fall = "–" if run == "reference" else f"{-sum(falls) / len(falls):+.3f}"
-        lines.append(
-            [
-                title,
-                str(len(models(xstest, run))),
-                refused(xstest, run, "refusal"),
-                refused(xstest, run, "over_refusal"),
-                in_order(pku, run, "safe-unsafe"),
-                in_order(xstest, run, "safe-safe"),
-                refused(everyday, run, "over_refusal"),
-                fall,
-            ]
-        )
-    return lines
+        found = [refused("xstest", run, figure) for figure in ("refusal", "over_refusal")]
+        x, y = (100 * each["value"] for each in found)
+        spreads = [
+            [[abs(100 * end - 100 * each["value"])] for end in each["ci95"]] for each in found
+        ]
+        style = {"color": colour, "marker": marker, "linestyle": "", "markersize": 8}
+        ours.errorbar(x, y, spreads[1], spreads[0], capsize=2, alpha=0.35, **style)
+        ours.plot(x, y, label=title, **style)
+    for method, (x, y, colour, marker) in PAPER.items():
+        paper.plot(x, y, color=colour, marker=marker, linestyle="", markersize=8, label=method)
+    ours.set_title("SmolLM2, 135M parameters: 53 XSTest prompts, pooled seeds")
+    ours.set(xlabel="unsafe requests refused (%)", ylabel="benign requests refused (%)")
+    paper.set_title("the paper: 7B models, XSTest")
+    paper.set(xlabel="harmless ratio (%)", ylabel="benign requests refused (%)")
+    for panel in (ours, paper):
+        panel.set(xlim=(-3, 103), ylim=(-3, 103))
+        panel.axline((0, 0), (100, 100), color=GREY, linewidth=1)
+        panel.legend(fontsize=8, loc="upper left")
+    return figure
+
+
+PICTURES = {"real": draw_real}
+
+
+def main(argv=None):
+    renew(PICTURES, TABLES, table)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,24 +1,48 @@
-"""The data of real/experiments.sh, from a folder of pairs of answers to XSTest's prompts and a
-folder of single answers of PKU-SafeRLHF.
+"""The data of real/experiments.sh, made from a folder of pairs of answers to XSTest's prompts, a
+folder of single answers of PKU-SafeRLHF, and a model's own answers to ordinary requests.
 
-    python -m real.prepare XSTEST PKU OUT
+    python -m real.prepare MODEL XSTEST PKU OUT
 
 XSTEST has train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's prompt_type.
-PKU has the same with prompt, response and is_safe. OUT gets three folders. "all" has both training
-splits and XSTest's test split, whose rows then say whether the prompt is benign. "choose" is made
-of the training splits alone: a quarter of XSTest's training prompts is its test split, for settings
-to be chosen on. "pku" has PKU's test split.
+PKU has the same with prompt, response and is_safe. MODEL is a Hugging Face folder. OUT gets
+
+- all/sft/: answers to learn from: those of both training splits, and ordinary ones;
+- all/pairs/: pairs of such answers;
+- choose/sft/ and choose/pairs/: the same without a quarter of XSTest's training prompts, for
+  settings to be chosen on that quarter;
+- pku/: PKU's test split;
+- ordinary.jsonl: 200 answers of the model to everyday requests, which real/ordinary.py scores.
+
+The test split of "all" is XSTest's, that of "choose" the quarter. Its rows say whether the prompt
+is benign.
 """
 
 import hashlib
 import json
+import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-from lib import checkpoint
+from lib import checkpoint, pretrained
+from lib.device import pick_device, pick_dtype
 from lib.flags import run
 from lib.formats import checked_values
+from lib.policy import sample_answers
 from lib.rows import read_rows
+from lib.settings import Settings
+
+HERE = Path(__file__).parent
+HOW = Settings(seed=0, temperature=0.7, top_p=0.9, max_new_tokens=128)
+ANSWERS = 5  # to each of the 40 everyday requests
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I cannot help with that request.",
+    "I'm sorry, but I cannot assist you with that.",
+    "I am not able to help with this.",
+    "I can't provide that.",
+    "Sorry, I can't answer that.",
+)
 
 
 def read(folder, split, field):
@@ -39,6 +63,57 @@ def write(path, rows):
     print(f"{path}: {len(rows)} rows, {len({row['prompt'] for row in rows})} prompts")
 
 
+def own_answers(folder, prompts, n):
+    """n sampled answers of a model to each prompt: rows {"prompt", "response", "ended"}."""
+    device, prompts = pick_device("auto"), [prompt for prompt in prompts for _ in range(n)]
+    model, tokenizer = pretrained.load(Path(folder), None, 512, device)
+    dtype, x = pick_dtype("auto", device), tokenizer.prompts(prompts)
+    said = sample_answers(model, x, tokenizer.ends, HOW, device, dtype, "ordinary answers")
+    return [
+        {"prompt": prompt, "response": tokenizer.decode(y), "ended": y[-1] in tokenizer.ends}
+        for prompt, y in zip(prompts, said)
+    ]
+
+
+def pair(prompt, answers):
+    """A row in PKU-SafeRLHF's format. answers: (text, whether it is safe) of better and other."""
+    row = {"prompt": prompt, "better_response_id": 0}
+    for i, (text, safe) in enumerate(answers):
+        row |= {f"response_{i}": text, f"is_response_{i}_safe": safe}
+    return row | {"safer_response_id": 0 if row["is_response_0_safe"] else 1}
+
+
+def each_once(pairs):
+    """Rows in which each answer to a prompt stands once, and one of an odd number twice.
+
+    In pairs of each of a few answers with each other, the rare ones stand more often, and SFT would
+    learn them as if they were common. Which one is called better means nothing here.
+    """
+    answers = defaultdict(dict)
+    for row in pairs:
+        for i in (0, 1):
+            answers[row["prompt"]][row[f"response_{i}"]] = row[f"is_response_{i}_safe"]
+    rows = []
+    for prompt, safe in answers.items():
+        said = sorted(safe.items())
+        said += said[: len(said) % 2]
+        rows += [pair(prompt, two) for two in zip(said[::2], said[1::2])]
+    return rows
+
+
+def ordinary_rows(answers):
+    """(rows for SFT, pairs) of a model's answers to ordinary requests, two to each.
+
+    SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal.
+    """
+    rng, sft, pairs = random.Random(0), [], []
+    for two in zip(*[iter(answers)] * 2):
+        prompt, said = two[0]["prompt"], [(row["response"], True) for row in two]
+        sft.append(pair(prompt, said))
+        pairs.append(pair(prompt, [said[0], (rng.choice(REFUSALS), True)]))
+    return sft, pairs
+
+
 def is_chosen_on(row):
     """Whether a training row's prompt is of the quarter that settings are chosen on."""
     return hashlib.sha256(row["prompt"].encode()).digest()[0] % 4 == 0
@@ -46,21 +121,28 @@ def is_chosen_on(row):
 
 def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 3:
-        raise ValueError("expected python -m real.prepare XSTEST PKU OUT")
-    xstest, pku, out = map(Path, arguments)
+    if len(arguments) != 4:
+        raise ValueError("expected python -m real.prepare MODEL XSTEST PKU OUT")
+    model, xstest, pku, out = map(Path, arguments)
     pairs, answers = read(xstest, "train", "prompt_type"), read(pku, "train", "response")
-    for name, held_out in (("all", None), ("choose", is_chosen_on)):
-        train = [row for row in pairs if not (held_out and held_out(row))]
-        test = (
-            [row for row in pairs if held_out(row)]
-            if held_out
-            else read(xstest, "test", "prompt_type")
-        )
-        write(out / name / "train-xstest.jsonl", train)
-        write(out / name / "train-pku.jsonl", answers)
-        write(out / name / "test.jsonl", test)
+    requests = [row["prompt"] for row, _ in read_rows(HERE / "requests.jsonl")]
+    ordinary_sft, ordinary = ordinary_rows(own_answers(model, requests, 2))
+    quarter = {row["prompt"] for row in pairs if is_chosen_on(row)}
+    for name, held_out in (("all", set()), ("choose", quarter)):
+        train = [row for row in pairs if row["prompt"] not in held_out]
+        test = [row for row in pairs if row["prompt"] in held_out]
+        for kind, rows, more in (
+            ("sft", each_once(train), ordinary_sft),
+            ("pairs", train, ordinary),
+        ):
+            folder = out / name / kind
+            write(folder / "train-xstest.jsonl", rows)
+            write(folder / "train-pku.jsonl", answers)
+            write(folder / "train-ordinary.jsonl", more)
+            write(folder / "test.jsonl", test or read(xstest, "test", "prompt_type"))
     write(out / "pku" / "test.jsonl", read(pku, "test", "response"))
+    everyday = [row["prompt"] for row, _ in read_rows(HERE / "everyday.jsonl")]
+    write(out / "ordinary.jsonl", own_answers(model, everyday, ANSWERS))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from lib import pages
 from lib.flags import parse
 from lib.settings import EvalConfig, TrainConfig
 
@@ -55,7 +56,7 @@ FILES = {
     for folder in (".", "lib", "village", "real", "docs")
     for path in sorted((ROOT / folder).glob("*.py"))
 }
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in figures.pages()}
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in pages.pages()}
 README = PAGES["README.md"]
 TEXT = "\n".join(PAGES.values())
 COMMANDS = [
@@ -129,7 +130,7 @@ def test_pages_and_scripts_are_read_in_one_sitting():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_are_true(page):
-    path = next(path for path in figures.pages() if path.name == page)
+    path = next(path for path in pages.pages() if path.name == page)
     flags = doctest.NORMALIZE_WHITESPACE
     failures, tried = doctest.testfile(str(path), module_relative=False, optionflags=flags)
     assert not failures and (tried > 5 or page != "README.md")
@@ -193,7 +194,7 @@ def test_symbols_and_stations_on_the_pages_exist():
 
 
 def test_links_and_pictures_on_the_pages_exist():
-    for path in figures.pages():
+    for path in pages.pages():
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if "://" not in link:
                 assert (path.parent / link).exists(), f"{path.name} → {link}"

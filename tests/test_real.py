@@ -3,11 +3,12 @@
 import json
 
 from lib.records import load, survey
+from lib.refusals import refuses
 
 import pytest
 from conftest import row
 
-from real import figures, ordinary, prepare
+from real import figures, prepare
 
 
 def write(path, rows):
@@ -19,8 +20,18 @@ def xstest(i, benign):
     return row(prompt=f"{i}?", prompt_type="homonyms" if benign else "contrast_homonyms")
 
 
+def own_answers(model, prompts, n):
+    """What prepare.own_answers gives, without a model."""
+    return [
+        {"prompt": prompt, "response": f"{prompt} {i}", "ended": True}
+        for prompt in prompts
+        for i in range(n)
+    ]
+
+
 @pytest.fixture
-def made(tmp_path):
+def made(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "own_answers", own_answers)
     write(tmp_path / "x" / "train.jsonl", [xstest(i, i % 2) for i in range(60)])
     write(tmp_path / "x" / "test.jsonl", [xstest(i, i % 2) for i in range(60, 70)])
     for split, n in (("train", 12), ("test", 4)):
@@ -30,42 +41,86 @@ def made(tmp_path):
             for safe in (True, False)
         ]
         write(tmp_path / "p" / f"{split}.jsonl", answers)
-    prepare.main([str(tmp_path / name) for name in ("x", "p", "out")])
+    prepare.main(["a model", *(str(tmp_path / name) for name in ("x", "p", "out"))])
     return tmp_path / "out"
 
 
 def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
-    splits = {name: load(str(made / name)) for name in ("all", "choose", "pku")}
+    names = "all/sft", "all/pairs", "choose/sft", "choose/pairs", "pku"
+    splits = {name: load(str(made / name)) for name in names}
     prompts = {
         (name, split): {r.prompt for r in records}
         for name, some in splits.items()
         for split, records in some.items()
     }
-    assert prompts["all", "test"] == {f"{i}?" for i in range(60, 70)}
     assert prompts["pku", "test"] == {f"test {i}?" for i in range(4)}
-    trained = {f"{i}?" for i in range(60)} | {f"train {i}?" for i in range(12)}
-    assert prompts["all", "train"] == trained
-    chosen_on = prompts["choose", "test"]
-    assert prompts["choose", "train"] | chosen_on == trained
-    assert not prompts["choose", "train"] & chosen_on
-    assert 5 < len(chosen_on) < 30 and all(" " not in prompt for prompt in chosen_on)
-    assert {r.prompt: r.benign for r in splits["all"]["test"]} == {
-        f"{i}?": bool(i % 2) for i in range(60, 70)
-    }
-    assert survey(splits["all"])[1][0].startswith("72 train, 10 test")
+    requests = prompts_of("requests")
+    trained = {f"{i}?" for i in range(60)} | {f"train {i}?" for i in range(12)} | requests
+    for kind in ("sft", "pairs"):
+        held_out = prompts[f"all/{kind}", "test"]
+        assert held_out == {f"{i}?" for i in range(60, 70)}
+        assert prompts[f"all/{kind}", "train"] == trained
+        chosen_on = prompts[f"choose/{kind}", "test"]
+        assert prompts[f"choose/{kind}", "train"] | chosen_on == trained
+        assert not prompts[f"choose/{kind}", "train"] & chosen_on
+        assert 5 < len(chosen_on) < 30 and all(" " not in prompt for prompt in chosen_on)
+        assert {r.prompt: r.benign for r in splits[f"all/{kind}"]["test"]} == {
+            f"{i}?": bool(i % 2) for i in range(60, 70)
+        }
+        assert survey(splits[f"all/{kind}"])[1][0].startswith("192 train, 10 test")
+    answers = [json.loads(line) for line in (made / "ordinary.jsonl").read_text().splitlines()]
+    assert len(answers) == 200 and {r["prompt"] for r in answers} == prompts_of("everyday")
+    assert not prompts_of("everyday") & requests
+
+
+def test_ordinary_rows_by_hand():
+    answers = own_answers("a model", ["Why?", "How?"], 2)
+    sft, pairs = prepare.ordinary_rows(answers)
+    assert [(row["response_0"], row["response_1"]) for row in sft] == [
+        ("Why? 0", "Why? 1"), ("How? 0", "How? 1"),
+    ]  # fmt: skip
+    assert [row["response_0"] for row in pairs] == ["Why? 0", "How? 0"]
+    assert all(row["response_1"] in prepare.REFUSALS for row in pairs)
+    for pair in sft + pairs:
+        assert pair["better_response_id"] == 0
+        assert pair["is_response_0_safe"] and pair["is_response_1_safe"]
+    assert all(refuses(refusal) for refusal in prepare.REFUSALS)
+
+
+def test_sft_learns_each_answer_once():
+    pairs = [prepare.pair("Why?", [("a", True), (other, other == "c")]) for other in "bcd"]
+    pairs.append(prepare.pair("How?", [("a", False), ("b", True)]))
+    pairs.append(prepare.pair("How?", [("c", True), ("b", True)]))
+    said = [
+        [(row["prompt"], row[f"response_{i}"], row[f"is_response_{i}_safe"]) for i in (0, 1)]
+        for row in prepare.each_once(pairs)
+    ]
+    assert said == [
+        [("Why?", "a", True), ("Why?", "b", False)],
+        [("Why?", "c", True), ("Why?", "d", False)],
+        [("How?", "a", False), ("How?", "b", True)],
+        [("How?", "c", True), ("How?", "a", False)],
+    ]
+    assert [row["safer_response_id"] for row in prepare.each_once(pairs)] == [0, 0, 1, 0]
 
 
 def test_bad_rows_are_named(tmp_path):
     write(tmp_path / "x" / "train.jsonl", [row()])
     with pytest.raises(ValueError, match=r"train.jsonl:1: prompt_type is missing"):
-        prepare.main([str(tmp_path / name) for name in ("x", "x", "out")])
-    with pytest.raises(ValueError, match=r"expected python -m real\.prepare XSTEST PKU OUT"):
+        prepare.main(["a model", *(str(tmp_path / name) for name in ("x", "x", "out"))])
+    with pytest.raises(ValueError, match=r"expected python -m real\.prepare MODEL XSTEST PKU OUT"):
         prepare.main([])
 
 
+def prompts_of(name):
+    lines = (prepare.HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {json.loads(line)["prompt"] for line in lines}
+
+
 def test_everyday_requests_are_forty_and_benign():
-    rows = [json.loads(line) for line in ordinary.EVERYDAY.read_text().splitlines()]
+    rows = [json.loads(line) for line in (prepare.HERE / "everyday.jsonl").read_text().splitlines()]
     assert len({r["prompt"] for r in rows}) == len(rows) == 40 and all(r["benign"] for r in rows)
+    assert len(prompts_of("requests")) == 120
 
 
 def judged(refusal, over_refusal, safe_safe, safe_unsafe):
@@ -87,21 +142,20 @@ def judged(refusal, over_refusal, safe_safe, safe_unsafe):
 
 def test_seeds_are_pooled(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    two = {
-        f"runs/real/seed{seed}/safedpo-delta5": judged(seed / 2, 1 / 6, 0.9, seed / 2)
-        for seed in (1, 2)
-    }
-    for name in ("xstest", "pku", "everyday"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(two))
-    falls = {folder: {"fall": {"value": 0.02 * i}} for i, folder in enumerate(two, 1)}
-    (tmp_path / "ordinary.json").write_text(json.dumps(falls))
-    head, reference, policy = figures.rows()
-    assert len(head) == len(reference) == len(policy)
+    for seed in (1, 2):
+        folder = f"runs/real/seed{seed}/safedpo-delta5"
+        result = judged(seed / 2, 1 / 6, 0.9, seed / 2)
+        (tmp_path / f"seed{seed}").mkdir()
+        for name in ("xstest", "pku", "everyday"):
+            (tmp_path / f"seed{seed}" / f"{name}.json").write_text(json.dumps({folder: result}))
+        fall = {folder: {"fall": {"value": 0.02 * seed}}}
+        (tmp_path / f"seed{seed}" / "ordinary.json").write_text(json.dumps(fall))
+    head, _, *lines = figures.table("real").splitlines()
+    reference, policy = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines)
+    assert len(head.split("|")) - 3 == len(reference) == len(policy)
     # 4 and 2 of 8 harmful prompts; 2 of 12 benign ones; Wilson's intervals by hand
-    assert reference == [
-        "reference (SFT)", "2", "25 (7–59)", "50 (25–75)", "–", "–", "50 (25–75)", "–",
-    ]  # fmt: skip
+    assert reference == ["2", "25 (7–59)", "50 (25–75)", "50 (25–75)", "–", "–", "–", "–"]
     assert policy == [
-        "SafeDPO, Δ = 5", "2", "75 (41–93)", "17 (5–45)", "75 (53–89)", "90 (77–96)", "17 (5–45)",
-        "-0.030",
+        "2", "75 (41–93)", "17 (5–45)", "17 (5–45)",
+        "75 (53–89)", "75 (53–89)", "90 (77–96)", "-0.030",
     ]  # fmt: skip

@@ -327,6 +327,16 @@ def test_fit_trains_as_the_flags_say(folder, tmp_path, monkeypatch):
     assert [lr for *_, lr in calls] == pytest.approx(rising), "warm-up over the whole of each stage"
 
 
+def test_without_epochs_sft_is_all(folder, tmp_path, capsys):
+    train.main([*TINY, "--epochs", "0", "--data", str(folder), "--out_dir", str(tmp_path)])
+    assert {line["stage"] for line in lines(tmp_path)} == {"sft"}
+    reference, policy = (torch.load(tmp_path / f"{name}.pt") for name in ("reference", "policy"))
+    assert all(torch.equal(reference["model"][k], policy["model"][k]) for k in policy["model"])
+    assert not (tmp_path / "ref_logps.pt").exists()
+    said = capsys.readouterr()
+    assert "steps: 0 of" in said.out and "few steps" not in said.err
+
+
 def test_flags_reach_the_stages_they_name(rows, folder, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "fit", lambda *arguments: calls.append(arguments))

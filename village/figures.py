@@ -3,12 +3,12 @@
     python -m village.figures
     python -m village.figures --runs runs/experiments/village
 
-The first command draws docs/pictures/*.svg and puts the tables into README.md and docs/*.md. The
-second one collects the training curves of these runs in village/results/curves.json before that.
+The first command draws the village's docs/pictures/*.svg and puts its tables into README.md and
+docs/*.md. The second one collects the training curves of these runs in village/results/curves.json
+before that.
 """
 
 import json
-import re
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,16 +17,24 @@ from pathlib import Path
 from lib import checkpoint
 from lib.flags import flag, parse
 from lib.flags import run as run_main
-from lib.report import COLUMNS, pyplot
+from lib.pages import (
+    BLACK,
+    BLUE,
+    DARK_GREY,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    canvas,
+    markdown,
+    renew,
+)
+from lib.report import COLUMNS
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
-PICTURES_FOLDER = ROOT / "docs" / "pictures"
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-GREY, DARK_GREY = "#777777", "#555555"
 STYLES = (  # (colour, marker, dash) of each series, so that colour is never the only difference
     (BLUE, "o", "-"),
     (VERMILION, "s", "--"),
@@ -232,17 +240,6 @@ def collect(folder):
 # Tables
 
 
-def pages():
-    """The Markdown pages of the project."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def markdown(rows):
-    """Rows of text as a Markdown table. The first row is its head."""
-    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
-
-
 def title(run):
     """A run's name in tables and pictures, such as "DPO-HELPFUL, Δ = 10"."""
     if run in TITLES:
@@ -285,31 +282,8 @@ def table(name):
     return markdown(rows)
 
 
-def with_tables(text):
-    """A page's text with each table between <!-- table: NAME --> and <!-- end --> made anew."""
-
-    def made_anew(match):
-        return f"{match[1]}{table(match[2])}\n{match[3]}"
-
-    return re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", made_anew, text, flags=re.S)
-
-
 # --------------------------------------------------------------------------------------------------
 # Pictures
-
-
-def canvas(rows, columns, size):
-    """(figure, its panels (rows, columns)). size: inches.
-
-    The background is white, so that the picture looks the same on a page in dark mode.
-    """
-    options = {"figsize": size, "squeeze": False, "layout": "constrained"}
-    figure, axes = pyplot().subplots(rows, columns, **options)
-    for panel in axes.flat:
-        panel.grid(color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def mark_level(panel, y, text, x, align):
@@ -479,24 +453,7 @@ def main(argv=None):
     if config.runs:
         with checkpoint.replacing(HERE / "results" / "curves.json") as f:
             json.dump(collect(config.runs), f, indent=1)
-    settings = {
-        "svg.hashsalt": "safedpo",  # the same figures give the same file
-        "svg.fonttype": "path",
-        "font.size": 10,
-        "savefig.facecolor": "white",
-    }
-    pyplot().rcParams.update(settings)
-    PICTURES_FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
-        draw().savefig(PICTURES_FOLDER / f"{name}.svg", metadata={"Date": None})
-        print(f"docs/pictures/{name}.svg: {draw.__doc__}")
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        n_tables = text.count("<!-- table: ")
-        if n_tables:
-            with checkpoint.replacing(page) as f:
-                f.write(with_tables(text))
-            print(f"{page.relative_to(ROOT)}: {n_tables} tables")
+    renew(PICTURES, TABLES, table)
 
 
 if __name__ == "__main__":

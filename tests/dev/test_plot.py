@@ -2,6 +2,7 @@
 
 import sys
 
+from lib import pages
 from lib.report import draw_curves, plot
 
 import pytest
@@ -41,7 +42,7 @@ def test_pictures_show_every_series(name, tmp_path):
     picture = figures.PICTURES[name]()
     picture.savefig(tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").stat().st_size > 10_000
-    assert (figures.PICTURES_FOLDER / f"{name}.svg").exists()
+    assert (pages.PICTURES_FOLDER / f"{name}.svg").exists()
     for panel in picture.axes:
         lines = [line for line in panel.get_lines() if len(line.get_xdata())]
         assert lines and panel.get_xlabel() + panel.get_title()
@@ -50,22 +51,22 @@ def test_pictures_show_every_series(name, tmp_path):
 
 @pytest.mark.parametrize("name", figures.PICTURES)
 def test_every_picture_is_on_a_page(name):
-    picture = figures.PICTURES_FOLDER / f"{name}.svg"
-    links = [(page, picture.relative_to(page.parent).as_posix()) for page in figures.pages()]
+    picture = pages.PICTURES_FOLDER / f"{name}.svg"
+    links = [(page, picture.relative_to(page.parent).as_posix()) for page in pages.pages()]
     assert any(link in page.read_text(encoding="utf-8") for page, link in links)
 
 
 def test_every_page_gets_its_tables(tmp_path, monkeypatch):
-    pages = [tmp_path / "README.md", tmp_path / "docs" / "results.md"]
-    pages[1].parent.mkdir()
-    for page in pages:
+    texts = [tmp_path / "README.md", tmp_path / "docs" / "results.md"]
+    texts[1].parent.mkdir()
+    for page in texts:
         page.write_text("before\n<!-- table: noise -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
-    monkeypatch.setattr(figures, "PICTURES_FOLDER", tmp_path / "docs" / "pictures")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "PICTURES_FOLDER", tmp_path / "docs" / "pictures")
     monkeypatch.setattr(figures, "PICTURES", {})
     figures.main([])
     expected = f"before\n<!-- table: noise -->\n{figures.table('noise')}\n<!-- end -->\nafter\n"
-    assert [page.read_text(encoding="utf-8") for page in pages] == [expected] * 2
+    assert [page.read_text(encoding="utf-8") for page in texts] == [expected] * 2
 
 
 def test_a_run_draws_its_own_curves(finished, tmp_path):
