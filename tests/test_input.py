@@ -32,7 +32,7 @@ import train
             ["--label_noise", "1.5"],
             "argument --label_noise: 1.5 is out of range; expected at most 1",
         ),
-        (["--epochs", "0"], "argument --epochs: 0 is out of range"),
+        (["--epochs", "-1"], "argument --epochs: -1 is out of range"),
         (["--batch_size", "2.5"], "argument --batch_size: invalid int value: '2.5'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
         (["--detla", "5"], "unrecognized arguments: --detla 5"),
