@@ -328,11 +328,12 @@ def test_fit_trains_as_the_flags_say(folder, tmp_path, monkeypatch):
 
 
 def test_without_epochs_sft_is_all(folder, tmp_path, capsys):
-    train.main([*TINY, "--epochs", "0", "--data", str(folder), "--out_dir", str(tmp_path)])
-    assert {line["stage"] for line in lines(tmp_path)} == {"sft"}
-    reference, policy = (torch.load(tmp_path / f"{name}.pt") for name in ("reference", "policy"))
+    out = tmp_path / "run"  # alone there: a neighbour's reference would be taken instead of SFT
+    train.main([*TINY, "--epochs", "0", "--data", str(folder), "--out_dir", str(out)])
+    assert {line["stage"] for line in lines(out)} == {"sft"}
+    reference, policy = (torch.load(out / f"{name}.pt") for name in ("reference", "policy"))
     assert all(torch.equal(reference["model"][k], policy["model"][k]) for k in policy["model"])
-    assert not (tmp_path / "ref_logps.pt").exists()
+    assert not (out / "ref_logps.pt").exists()
     said = capsys.readouterr()
     assert "steps: 0 of" in said.out and "few steps" not in said.err
 
