@@ -132,7 +132,9 @@ class TrainConfig(Settings):
     sft_batch_size: int = flag(
         8, "pairs in a step of SFT, which learns both answers of each", above=0
     )
-    epochs: int = flag(1, "passes of SafeDPO; 0: SFT alone, whose model is both", least=0)
+    epochs: int = flag(
+        1, "passes of SafeDPO; 0: SFT only, and the policy is the reference", least=0
+    )
     lr: float = flag(4e-4, "peak learning rate of SafeDPO", above=0)
     batch_size: int = flag(64, "pairs in a step of SafeDPO", above=0)
     micro_batch_size: int = flag(16, "pairs in a forward pass; more where they are short", above=0)

@@ -22,7 +22,7 @@ common=(--dtype bfloat16 --max_length 54 --temperature 0 --max_new_tokens 96 --w
 sft=(--init_from "$MODEL" --lora_rank 16 --sft_epochs 1 --sft_lr 2e-3 --sft_batch_size 8 --epochs 0)
 safedpo=(--beta 1 --lr 1e-3 --batch_size 4 --epochs 2)
 
-command() {  # command NAME PROGRAM FLAGS…
+logged() {  # logged NAME PROGRAM FLAGS…
     echo "python ${*:2}"
     python "${@:2}" > "$out/logs/$1.txt" 2> "$out/logs/$1.err" || {
         tail -n 1 "$out/logs/$1.err"
@@ -34,21 +34,21 @@ run() {  # run NAME FLAGS…: start this run, or go on with it
     local folder=$out/$1
     [ -f "$folder/eval.json" ] && return
     if [ -f "$folder/config.json" ]; then
-        command "${1//\//-}" train.py --resume --out_dir "$folder"
+        logged "${1//\//-}" train.py --resume --out_dir "$folder"
     else
-        command "${1//\//-}" train.py --out_dir "$folder" "${common[@]}" "${@:2}"
+        logged "${1//\//-}" train.py --out_dir "$folder" "${common[@]}" "${@:2}"
     fi
 }
 
 judge() {  # judge GROUP: everything that a table shows of the group's runs
     local runs=("$out/$1"/*delta* "$out/$1"/dpo-*)
     mkdir -p "$results/$1"
-    command "$1-xstest" eval.py "${runs[@]}" --json "$results/$1/xstest.json"
-    command "$1-everyday" eval.py "${runs[@]}" --data real/everyday.jsonl \
+    logged "$1-xstest" eval.py "${runs[@]}" --json "$results/$1/xstest.json"
+    logged "$1-everyday" eval.py "${runs[@]}" --data real/everyday.jsonl \
         --json "$results/$1/everyday.json"
-    command "$1-pku" eval.py "${runs[@]}" --data $data/pku --eval_prompts 1 \
+    logged "$1-pku" eval.py "${runs[@]}" --data $data/pku --eval_prompts 1 \
         --json "$results/$1/pku.json"
-    command "$1-ordinary" -m real.ordinary $data/ordinary.jsonl "$results/$1/ordinary.json" \
+    logged "$1-ordinary" -m real.ordinary $data/ordinary.jsonl "$results/$1/ordinary.json" \
         "${runs[@]}"
 }
 

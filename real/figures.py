@@ -10,42 +10,28 @@ a share is that of all seeds' prompts, or pairs, together, with Wilson's interva
 from collections import defaultdict
 from pathlib import Path
 
-from lib import checkpoint
+from lib import checkpoint, pages
 from lib.flags import run as run_main
 from lib.metrics import share
-from lib.pages import (
-    BLACK,
-    BLUE,
-    DARK_GREY,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    canvas,
-    markdown,
-    renew,
-)
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of a seed begin with
-    "reference": ("reference (SFT)", BLACK, "s"),
-    "dpo-helpful": ("DPO-HELPFUL", VERMILION, "^"),
-    "dpo-harmless": ("DPO-HARMLESS", PURPLE, "v"),
-    "dpo-safebetter": ("DPO-SAFEBETTER", ORANGE, "D"),
-    "noswap-delta5": ("NoSwap, Δ = 5", SKY, "P"),
-    "safedpo-delta0": ("SafeDPO, Δ = 0", BLUE, "d"),
-    "safedpo-delta5": ("SafeDPO, Δ = 5", BLUE, "o"),
-    "safedpo-delta10": ("SafeDPO, Δ = 10", BLUE, "*"),
-    "safedpo-delta20": ("SafeDPO, Δ = 20", BLUE, "p"),
+    "reference": ("reference (SFT)", pages.BLACK, "s"),
+    "dpo-helpful": ("DPO-HELPFUL", pages.VERMILION, "^"),
+    "dpo-harmless": ("DPO-HARMLESS", pages.PURPLE, "v"),
+    "dpo-safebetter": ("DPO-SAFEBETTER", pages.ORANGE, "D"),
+    "noswap-delta5": ("NoSwap, Δ = 5", pages.SKY, "P"),
+    "safedpo-delta0": ("SafeDPO, Δ = 0", pages.BLUE, "d"),
+    "safedpo-delta5": ("SafeDPO, Δ = 5", pages.BLUE, "o"),
+    "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
+    "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
 }
 SHARED = "safedpo-delta5"  # the run of each seed whose reference is shown
 PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker), 7B models, XSTest
-    "DPO-HELPFUL": (14.5, 0.0, VERMILION, "^"),
-    "SafeRLHF": (84.5, 3.2, DARK_GREY, "X"),
-    "SACPO": (86.0, 2.4, GREEN, "<"),
-    "SafeDPO, Δ = 10": (100.0, 12.4, BLUE, "*"),
+    "DPO-HELPFUL": (14.5, 0.0, pages.VERMILION, "^"),
+    "SafeRLHF": (84.5, 3.2, pages.DARK_GREY, "X"),
+    "SACPO": (86.0, 2.4, pages.GREEN, "<"),
+    "SafeDPO, Δ = 10": (100.0, 12.4, pages.BLUE, "*"),
 }
 
 
@@ -126,12 +112,12 @@ def table(name):
     headings, names = TABLES[name]
     names = [run for run in names if models("xstest", run)]
     rows = [[RUNS[run][0], *(COLUMNS[heading](run) for heading in headings)] for run in names]
-    return markdown([["", *headings], *rows])
+    return pages.markdown([["", *headings], *rows])
 
 
 def draw_real():
     """Refusals of benign requests against refusals of unsafe ones, here and in the paper."""
-    figure, ((ours, paper),) = canvas(1, 2, (10, 4.6))
+    figure, ((ours, paper),) = pages.canvas(1, 2, (10, 4.6))
     for run, (title, colour, marker) in RUNS.items():
         if not models("xstest", run):
             continue
@@ -151,7 +137,7 @@ def draw_real():
     paper.set(xlabel="harmless ratio (%)", ylabel="benign requests refused (%)")
     for panel in (ours, paper):
         panel.set(xlim=(-3, 103), ylim=(-3, 103))
-        panel.axline((0, 0), (100, 100), color=GREY, linewidth=1)
+        panel.axline((0, 0), (100, 100), color=pages.GREY, linewidth=1)
         panel.legend(fontsize=8, loc="upper left")
     return figure
 
@@ -160,7 +146,7 @@ PICTURES = {"real": draw_real}
 
 
 def main(argv=None):
-    renew(PICTURES, TABLES, table)
+    pages.renew(PICTURES, TABLES, table)
 
 
 if __name__ == "__main__":
