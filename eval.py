@@ -24,7 +24,7 @@ from lib.formats import prompt_in
 from lib.metrics import held_out_preferences, is_degenerate, judged, mean, share
 from lib.policy import load_model, log_probs, sample_answers
 from lib.refusals import refuses
-from lib.settings import JUDGES, MODELS, SAMPLING, EvalConfig
+from lib.settings import EVAL_FLAGS, JUDGES, MODELS, EvalConfig
 
 import torch
 
@@ -59,7 +59,7 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
 
     samples_pi = settings.temperature == settings.top_p == 1 and not settings.top_k
     annotated, machine = source == "toy", (device, dtype)
-    most, n, beta = config["max_length"], settings.eval_prompts, config["beta"]
+    most, n, beta = settings.max_length, settings.eval_prompts, config["beta"]
     model, said, held_out, logp = None, {}, {}, {}
     for name in ("policy", "reference"):
         model = None  # one at a time in memory, in the type in which it would be served
@@ -111,11 +111,11 @@ def evaluate(folder, settings, splits=None, source="", split="test"):
 
 def describe(config, settings, source, split, splits, device, dtype):
     """What a result says of itself. Two that say the same hold the same figures."""
-    sampling = {name: getattr(settings, name) for name in SAMPLING}
+    own = {name: getattr(settings, name) for name in EVAL_FLAGS}
     digest, _ = records.survey(splits)
     machine = {"device": device.type, "dtype": dtype, "data_sha256": digest}
     return {
-        "settings": {**sampling, "data": source, "split": split, "version": VERSION, **machine},
+        "settings": {**own, "data": source, "split": split, "version": VERSION, **machine},
         "run": {name: config[name] for name in ("pairs", "beta", "delta")},
     }
 
@@ -177,7 +177,7 @@ def one_run(config):
 
 def settings_of(flags, given):
     """The settings of an evaluation: those given, else those of the run with these flags."""
-    return EvalConfig(**{name: flags[name] for name in SAMPLING} | given)
+    return EvalConfig(**{name: flags[name] for name in EVAL_FLAGS} | given)
 
 
 def export_policy(config):

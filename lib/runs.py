@@ -15,11 +15,11 @@ from lib import checkpoint, parallel, watch
 from lib.device import give_back, pick_device, settle
 from lib.flags import problems
 from lib.settings import (
+    EVAL_FLAGS,
     FREE_FLAGS,
     MODELS,
     NEW_FLAGS,
     REFERENCE_FLAGS,
-    SAMPLING,
     SIZE_FLAGS,
     Settings,
     TrainConfig,
@@ -260,8 +260,8 @@ def finished_run(folder):
                 "train.py wrote; train.py --resume goes on with a stopped run"
             )
     path = folder / "config.json"
-    expected = {"data": str, "pairs": str, "beta": number, "delta": number, "max_length": int}
-    config = checkpoint.read_json(path, {**expected, **dict.fromkeys(SAMPLING, number)})
+    expected = {"data": str, "pairs": str, "beta": number, "delta": number}
+    config = checkpoint.read_json(path, {**expected, **dict.fromkeys(EVAL_FLAGS, number)})
     check_flags(Settings, config, path)
     return config
 
@@ -270,7 +270,7 @@ def result_files(folder, settings):
     """(figures, answers): eval.json and samples.jsonl in folder. What differs from the run's own
     settings stands in the name, as in eval-splitunseen.json."""
     own = {**finished_run(folder), "split": "test"}
-    names = [name for name in (*SAMPLING, "data", "split") if settings[name] != own[name]]
+    names = [name for name in (*EVAL_FLAGS, "data", "split") if settings[name] != own[name]]
     suffix = "".join(f"-{name}{Path(str(settings[name])).name}" for name in names)
     return Path(folder) / f"eval{suffix}.json", Path(folder) / f"samples{suffix}.jsonl"
 

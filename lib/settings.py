@@ -10,8 +10,10 @@ from safedpo import PAIR_CHOICES
 
 MODELS = ("reference", "policy")
 JUDGES = ("reward_model", "cost_model", "scores")
-SAMPLING = (
-    "seed", "eval_prompts", "temperature", "top_k", "top_p", "max_new_tokens", "sample_length",
+# what figures depend on, beside the run and the data
+EVAL_FLAGS = (
+    "seed", "max_length", "eval_prompts", "temperature", "top_k", "top_p", "max_new_tokens",
+    "sample_length",
 )  # fmt: skip
 SHOWN = (*JUDGES, "json", "plot", "verbose")  # flags of eval.py's table
 
@@ -27,6 +29,7 @@ class Settings:
         "matrix products in this type; in training weights stay float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    max_length: int = flag(512, "tokens of a prompt and one answer; what is longer is cut", least=2)
     eval_prompts: int = flag(600, "test prompts to sample an answer for", above=0)
     temperature: float = flag(
         1.0, "temperature of sampling; 0 takes the most probable token", least=0
@@ -116,7 +119,6 @@ class TrainConfig(Settings):
         False, "under torchrun: shard the model over the processes instead of a copy on each"
     )
     vocab_size: int = flag(4096, "of the tokenizer, at most", least=257, most=2**24)
-    max_length: int = flag(512, "tokens of a prompt and one answer; what is longer is cut", least=2)
     n_layer: int = flag(2, "layers", above=0, most=1024)
     n_head: int = flag(4, "attention heads", above=0, most=2**16)
     n_kv_head: int = flag(2, "heads of keys and values", above=0, most=2**16)
@@ -221,13 +223,22 @@ class EvalConfig(Settings):
             "export_adapter",
             "data",
             "split",
+            "max_length",
             "eval_prompts",
             "judge_template",
             *SHOWN,
         ),
-        "prompt": ("export", "export_adapter", "data", "split", "judge_template", *SHOWN),
-        "export": ("export_adapter", "split", "dtype", *SAMPLING, *SHOWN),
-        "export_adapter": ("data", "split", "dtype", "device", *SAMPLING, *SHOWN),
+        "prompt": (
+            "export",
+            "export_adapter",
+            "data",
+            "split",
+            "max_length",
+            "judge_template",
+            *SHOWN,
+        ),
+        "export": ("export_adapter", "split", "dtype", *EVAL_FLAGS, *SHOWN),
+        "export_adapter": ("data", "split", "dtype", "device", *EVAL_FLAGS, *SHOWN),
         "scores": ("reward_model", "cost_model", "judge_template"),
     }
     NEEDS: ClassVar = {"export_dtype": "export"}

@@ -9,7 +9,7 @@ from lib.formats import Record
 from lib.policy import load_model
 from lib.records import Records
 from lib.report import table
-from lib.settings import SAMPLING, Settings
+from lib.settings import EVAL_FLAGS, Settings
 
 import pytest
 import torch
@@ -304,13 +304,22 @@ def test_eq_9_is_not_estimated_from_samples_of_another_distribution(finished, tm
         assert "–: KL is estimated from answers sampled at" in table({"a run": result})
 
 
+def test_pairs_are_cut_where_the_evaluation_says(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    whole, cut = (
+        evaluate(out, replace(SETTINGS, max_length=n))["policy"]["preferences"] for n in (512, 32)
+    )
+    assert (out / "eval.json").exists() and (out / "eval-max_length32.json").exists()
+    assert cut["rewards/margins"] != whole["rewards/margins"]
+
+
 def test_a_run_judged_by_another_version_is_judged_again(finished, tmp_path, monkeypatch):
     for name in ("config.json", "reference.pt", "policy.pt", "eval.json"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     old = json.loads((tmp_path / "eval.json").read_text())
     del old["policy"]["length"]
     (tmp_path / "eval.json").write_text(json.dumps(old))
-    settings = Settings(**{name: old["settings"][name] for name in SAMPLING}, device="cpu")
+    settings = Settings(**{name: old["settings"][name] for name in EVAL_FLAGS}, device="cpu")
     assert "length" not in evaluate(tmp_path, settings)["policy"]
     monkeypatch.setattr(script, "VERSION", script.VERSION + 1)
     assert "length" in evaluate(tmp_path, settings)["policy"]
