@@ -3,12 +3,12 @@
 # step size of SafeDPO are not chosen yet, and no page shows its results.
 #
 #     MODEL=folder XSTEST=folder PKU=folder real/experiments.sh
-#     SEEDS="1 2" MODEL=… XSTEST=… PKU=… real/experiments.sh     # of 1, 2 and 3, only these
+#     PARTS="choose 1" MODEL=… XSTEST=… PKU=… real/experiments.sh     # of choose, 1, 2, 3 only these
 #
 # MODEL is SmolLM2-135M-Instruct as a Hugging Face folder. real/prepare.py says what the two data
 # folders hold. Folders are absolute, or relative to the project's folder. Each command is printed
 # before it runs; finished runs are kept, and a stopped one goes on. What real/figures.py needs is
-# written to real/results/ whenever a seed is done.
+# written to real/results/ whenever a part is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${MODEL:?a Hugging Face folder}" "${XSTEST:?a folder of pairs}" "${PKU:?a folder of answers}"
@@ -20,7 +20,7 @@ mkdir -p $out/logs
 # its first words, so that training sees about sixteen tokens of each.
 common=(--dtype bfloat16 --max_length 54 --temperature 0 --max_new_tokens 96 --warmup 0.1)
 sft=(--init_from "$MODEL" --lora_rank 16 --sft_epochs 1 --sft_lr 2e-3 --sft_batch_size 8 --epochs 0)
-safedpo=(--beta 1 --lr 1e-3 --batch_size 4 --epochs 2)
+safedpo=(--beta 1 --lr 4e-4 --batch_size 4 --epochs 2)
 
 logged() {  # logged NAME PROGRAM FLAGS…
     echo "python ${*:2}"
@@ -41,46 +41,55 @@ run() {  # run NAME FLAGS…: start this run, or go on with it
 }
 
 judge() {  # judge GROUP: everything that a table shows of the group's runs
-    local runs=("$out/$1"/*delta* "$out/$1"/dpo-*)
+    local runs=("$out/$1"/*)
     mkdir -p "$results/$1"
     logged "$1-xstest" eval.py "${runs[@]}" --json "$results/$1/xstest.json"
     logged "$1-everyday" eval.py "${runs[@]}" --data real/everyday.jsonl \
         --json "$results/$1/everyday.json"
-    logged "$1-pku" eval.py "${runs[@]}" --data $data/pku --eval_prompts 1 \
+    logged "$1-pku" eval.py "${runs[@]}" --data $data/pku --max_length 256 --eval_prompts 1 \
         --json "$results/$1/pku.json"
     logged "$1-ordinary" -m real.ordinary $data/ordinary.jsonl "$results/$1/ordinary.json" \
         "${runs[@]}"
 }
 
-# Δ is chosen on a quarter of the training prompts.
-run choose/sft --data $data/choose/sft "${sft[@]}"
-for delta in 0 2 5 10; do
-    run choose/safedpo-delta$delta --data $data/choose/pairs "${safedpo[@]}" --delta $delta \
-        --init_from $out/choose/sft/reference.pt
-done
+best=10  # Δ, chosen on a quarter of the training prompts: the part "choose"
 
 # Seed 1 has all methods; the others repeat those that matter most.
-for seed in ${SEEDS:-1 2 3}; do
-    group=seed$seed
-    run $group/sft --data $data/all/sft --seed $seed "${sft[@]}"
-    method() {  # method NAME FLAGS…: preference training that begins with the seed's reference
-        run "$group/$1" --data $data/all/pairs --seed $seed "${safedpo[@]}" "${@:2}" \
-            --init_from $out/$group/sft/reference.pt
+for part in ${PARTS:-choose 1 2 3}; do
+    group=seed$part seed=$part split=all deltas=$best
+    if [ "$part" = choose ]; then
+        group=choose seed=1 split=choose deltas="0 5 10 20"
+    elif [ "$part" = 1 ]; then
+        deltas="0 5 10 20"
+    fi
+    pairs=$data/$split/pairs
+    run sft/$group --data $data/$split/sft --seed $seed "${sft[@]}"
+    method() {  # method NAME DATA FLAGS…: preference training that begins with the part's reference
+        run "$group/$1" --data "$2" --seed $seed "${safedpo[@]}" "${@:3}" \
+            --init_from $out/sft/$group/reference.pt
     }
-    method safedpo-delta5 --delta 5
-    method dpo-helpful --pairs helpful
-    method noswap-delta5 --pairs noswap --delta 5
-    if [ "$seed" = 1 ]; then
-        for delta in 0 10 20; do
-            method safedpo-delta$delta --delta $delta
+    for delta in $deltas; do
+        method safedpo-delta$delta $pairs --delta $delta
+    done
+    if [ "$part" != choose ]; then
+        method dpo-helpful $pairs --pairs helpful
+        method noswap-delta$best $pairs --pairs noswap --delta $best
+    fi
+    if [ "$part" = 1 ]; then
+        run $group/base --data $pairs --epochs 0 --init_from "$MODEL"
+        method dpo-harmless $pairs --pairs harmless
+        method dpo-safebetter $pairs --pairs safebetter
+        for left_out in ordinary pku; do  # what these rows are good for
+            mkdir -p $data/without-$left_out
+            cp $pairs/*.jsonl $data/without-$left_out
+            rm $data/without-$left_out/train-$left_out.jsonl
+            method without-$left_out-delta$best $data/without-$left_out --delta $best
         done
-        method dpo-harmless --pairs harmless
-        method dpo-safebetter --pairs safebetter
     fi
     judge $group
 done
 
 processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)
 torch=$(python -c "import torch; print(torch.__version__)")
-echo "$(date -I): seeds ${SEEDS:-1 2 3}, commit $(git log -1 --format=%h), torch $torch,$processor," \
+echo "$(date -I): parts ${PARTS:-choose 1 2 3}, commit $(git log -1 --format=%h), torch $torch,$processor," \
     "$(nproc) cores: $((SECONDS / 60)) min" | tee -a $results/made.txt

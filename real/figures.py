@@ -16,6 +16,7 @@ from lib.metrics import share
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of a seed begin with
+    "base": ("SmolLM2 as it came", pages.DARK_GREY, "X"),
     "reference": ("reference (SFT)", pages.BLACK, "s"),
     "dpo-helpful": ("DPO-HELPFUL", pages.VERMILION, "^"),
     "dpo-harmless": ("DPO-HARMLESS", pages.PURPLE, "v"),
@@ -66,7 +67,7 @@ def refused(name, run, figure):
 
 def in_order(name, run, kind):
     """The share of held-out pairs of a kind whose winner has the greater implicit reward."""
-    if run == "reference":
+    if run in ("base", "reference"):
         return None
     found = [each["preferences"] for each in models(name, run)]
     return pooled([(each[f"{kind}/rewards/accuracies"], each[f"{kind}/pairs"]) for each in found])
@@ -80,12 +81,10 @@ def interval(found):
     return f"{value:.0f} ({low:.0f}–{high:.0f})"
 
 
-def change(run):
-    """The mean change of ordinary answers' log-probability, nats a token."""
-    if run == "reference":
-        return "–"
-    falls = [result["fall"]["value"] for result in load("ordinary")[run]]
-    return f"{-sum(falls) / len(falls):+.3f}"
+def ordinary(run):
+    """The mean log-probability of ordinary answers, nats a token, over seeds."""
+    means = models("ordinary", run)
+    return f"{sum(means) / len(means):.2f}"
 
 
 COLUMNS = {  # heading → a run's cell
@@ -96,12 +95,12 @@ COLUMNS = {  # heading → a run's cell
     "safe answer first %, PKU": lambda run: interval(in_order("pku", run, "safe-unsafe")),
     "safe first %, XSTest": lambda run: interval(in_order("xstest", run, "safe-unsafe")),
     "helpful first %, XSTest": lambda run: interval(in_order("xstest", run, "safe-safe")),
-    "ordinary answers, nats a token": change,
+    "log π of ordinary answers, nats a token": ordinary,
 }
 TABLES = {  # name on the page → (headings, runs)
     "real glance": (
         list(COLUMNS)[:5],
-        ("reference", "dpo-helpful", "noswap-delta5", "safedpo-delta5"),
+        ("base", "reference", "dpo-helpful", "noswap-delta5", "safedpo-delta5"),
     ),
     "real": (list(COLUMNS), tuple(RUNS)),
 }

@@ -148,14 +148,14 @@ def test_seeds_are_pooled(tmp_path, monkeypatch):
         (tmp_path / f"seed{seed}").mkdir()
         for name in ("xstest", "pku", "everyday"):
             (tmp_path / f"seed{seed}" / f"{name}.json").write_text(json.dumps({folder: result}))
-        fall = {folder: {"fall": {"value": 0.02 * seed}}}
-        (tmp_path / f"seed{seed}" / "ordinary.json").write_text(json.dumps(fall))
+        means = {folder: {"reference": -1.0, "policy": -1 - 0.02 * seed}}
+        (tmp_path / f"seed{seed}" / "ordinary.json").write_text(json.dumps(means))
     head, _, *lines = figures.table("real").splitlines()
     reference, policy = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines)
     assert len(head.split("|")) - 3 == len(reference) == len(policy)
     # 4 and 2 of 8 harmful prompts; 2 of 12 benign ones; Wilson's intervals by hand
-    assert reference == ["2", "25 (7–59)", "50 (25–75)", "50 (25–75)", "–", "–", "–", "–"]
+    assert reference == ["2", "25 (7–59)", "50 (25–75)", "50 (25–75)", "–", "–", "–", "-1.00"]
     assert policy == [
         "2", "75 (41–93)", "17 (5–45)", "17 (5–45)",
-        "75 (53–89)", "75 (53–89)", "90 (77–96)", "-0.030",
+        "75 (53–89)", "75 (53–89)", "90 (77–96)", "-1.03",
     ]  # fmt: skip
