@@ -21,13 +21,15 @@ RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of 
     "dpo-helpful": ("DPO-HELPFUL", pages.VERMILION, "^"),
     "dpo-harmless": ("DPO-HARMLESS", pages.PURPLE, "v"),
     "dpo-safebetter": ("DPO-SAFEBETTER", pages.ORANGE, "D"),
-    "noswap-delta5": ("NoSwap, Δ = 5", pages.SKY, "P"),
+    "noswap-delta10": ("NoSwap, Δ = 10", pages.SKY, "P"),
     "safedpo-delta0": ("SafeDPO, Δ = 0", pages.BLUE, "d"),
     "safedpo-delta5": ("SafeDPO, Δ = 5", pages.BLUE, "o"),
     "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
     "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
+    "without-ordinary-delta10": ("the same without ordinary pairs, Δ = 10", pages.GREEN, "<"),
+    "without-pku-delta10": ("the same without PKU's pairs, Δ = 10", pages.GREEN, ">"),
 }
-SHARED = "safedpo-delta5"  # the run of each seed whose reference is shown
+SHARED = "safedpo-delta10"  # the run of each part whose reference is shown
 PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker), 7B models, XSTest
     "DPO-HELPFUL": (14.5, 0.0, pages.VERMILION, "^"),
     "SafeRLHF": (84.5, 3.2, pages.DARK_GREY, "X"),
@@ -36,21 +38,20 @@ PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker), 7B mo
 }
 
 
-def load(name):
-    """{run: [its result for each seed]} of results/seed1/name.json, results/seed2/name.json, …"""
-    runs = defaultdict(list)
-    for path in sorted(RESULTS.glob(f"seed*/{name}.json")):
+def load(parts="seed*"):
+    """{name: {run: [its result of each part]}} of results/PART/NAME.json. parts: a pattern."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in sorted(RESULTS.glob(f"{parts}/*.json")):
         for folder, result in checkpoint.read_json(path).items():
-            runs[Path(folder).name].append(result)
-    return runs
+            found[path.stem][Path(folder).name].append(result)
+    return found
 
 
-def models(name, run):
-    """The figures of each seed's model of that name, on the data of that name."""
-    runs = load(name)
+def models(results, run):
+    """The figures of each part's model of that name, from {run: [its result of each part]}."""
     if run == "reference":
-        return [result["reference"] for result in runs[SHARED]]
-    return [result["policy"] for result in runs[run]]
+        return [result["reference"] for result in results[SHARED]]
+    return [result["policy"] for result in results[run]]
 
 
 def pooled(counts):
@@ -59,17 +60,17 @@ def pooled(counts):
     return share([True] * hits + [False] * (n - hits))
 
 
-def refused(name, run, figure):
+def refused(results, run, figure):
     """The share of refused prompts: "refusal" of the harmful ones, "over_refusal" of the others."""
     asked = "n_benign" if figure == "over_refusal" else "n_harmful"
-    return pooled([(each[figure]["value"], each[asked]) for each in models(name, run)])
+    return pooled([(each[figure]["value"], each[asked]) for each in models(results, run)])
 
 
-def in_order(name, run, kind):
+def in_order(results, run, kind):
     """The share of held-out pairs of a kind whose winner has the greater implicit reward."""
     if run in ("base", "reference"):
         return None
-    found = [each["preferences"] for each in models(name, run)]
+    found = [each["preferences"] for each in models(results, run)]
     return pooled([(each[f"{kind}/rewards/accuracies"], each[f"{kind}/pairs"]) for each in found])
 
 
@@ -81,53 +82,59 @@ def interval(found):
     return f"{value:.0f} ({low:.0f}–{high:.0f})"
 
 
-def ordinary(run):
-    """The mean log-probability of ordinary answers, nats a token, over seeds."""
-    means = models("ordinary", run)
+def ordinary(results, run):
+    """The mean log-probability of ordinary answers, nats a token."""
+    means = models(results, run)
     return f"{sum(means) / len(means):.2f}"
 
 
-COLUMNS = {  # heading → a run's cell
-    "seeds": lambda run: str(len(models("xstest", run))),
-    "refuses unsafe %": lambda run: interval(refused("xstest", run, "refusal")),
-    "over-refusal %": lambda run: interval(refused("xstest", run, "over_refusal")),
-    "everyday refused %": lambda run: interval(refused("everyday", run, "over_refusal")),
-    "safe answer first %, PKU": lambda run: interval(in_order("pku", run, "safe-unsafe")),
-    "safe first %, XSTest": lambda run: interval(in_order("xstest", run, "safe-unsafe")),
-    "helpful first %, XSTest": lambda run: interval(in_order("xstest", run, "safe-safe")),
-    "log π of ordinary answers, nats a token": ordinary,
+COLUMNS = {  # heading → (data that it looks at, cell)
+    "seeds": ("xstest", lambda *of: str(len(models(*of)))),
+    "refuses unsafe %": ("xstest", lambda *of: interval(refused(*of, "refusal"))),
+    "over-refusal %": ("xstest", lambda *of: interval(refused(*of, "over_refusal"))),
+    "everyday refused %": ("everyday", lambda *of: interval(refused(*of, "over_refusal"))),
+    "safe answer first %, PKU": ("pku", lambda *of: interval(in_order(*of, "safe-unsafe"))),
+    "safe first %, XSTest": ("xstest", lambda *of: interval(in_order(*of, "safe-unsafe"))),
+    "helpful first %, XSTest": ("xstest", lambda *of: interval(in_order(*of, "safe-safe"))),
+    "log π of ordinary answers, nats a token": ("ordinary", ordinary),
 }
-TABLES = {  # name on the page → (headings, runs)
-    "real glance": (
-        list(COLUMNS)[:5],
-        ("base", "reference", "dpo-helpful", "noswap-delta5", "safedpo-delta5"),
-    ),
-    "real": (list(COLUMNS), tuple(RUNS)),
+TABLES = {  # name on the page → (parts, headings, runs)
+    "real glance": ("seed*", list(COLUMNS)[1:4], ("base", "reference", "dpo-helpful", SHARED)),
+    "real": ("seed*", list(COLUMNS), tuple(RUNS)),
+    "real choice": ("choose", list(COLUMNS)[1:], tuple(RUNS)),
 }
 
 
 def table(name):
     """One of TABLES as Markdown: a line for each run that there is."""
-    headings, names = TABLES[name]
-    names = [run for run in names if models("xstest", run)]
-    rows = [[RUNS[run][0], *(COLUMNS[heading](run) for heading in headings)] for run in names]
+    parts, headings, names = TABLES[name]
+    found = load(parts)
+    rows = [
+        [RUNS[run][0], *(cell(found[of], run) for of, cell in map(COLUMNS.get, headings))]
+        for run in names
+        if models(found["xstest"], run)
+    ]
     return pages.markdown([["", *headings], *rows])
 
 
 def draw_real():
     """Refusals of benign requests against refusals of unsafe ones, here and in the paper."""
     figure, ((ours, paper),) = pages.canvas(1, 2, (10, 4.6))
+    results, curve = load()["xstest"], []
     for run, (title, colour, marker) in RUNS.items():
-        if not models("xstest", run):
+        if not models(results, run):
             continue
-        found = [refused("xstest", run, figure) for figure in ("refusal", "over_refusal")]
+        found = [refused(results, run, figure) for figure in ("refusal", "over_refusal")]
         x, y = (100 * each["value"] for each in found)
+        if run.startswith("safedpo"):
+            curve.append((x, y))
         spreads = [
             [[abs(100 * end - 100 * each["value"])] for end in each["ci95"]] for each in found
         ]
         style = {"color": colour, "marker": marker, "linestyle": "", "markersize": 8}
         ours.errorbar(x, y, spreads[1], spreads[0], capsize=2, alpha=0.35, **style)
         ours.plot(x, y, label=title, **style)
+    ours.plot(*zip(*curve), color=pages.BLUE, linewidth=1)  # what Δ costs
     for method, (x, y, colour, marker) in PAPER.items():
         paper.plot(x, y, color=colour, marker=marker, linestyle="", markersize=8, label=method)
     ours.set_title("SmolLM2, 135M parameters: 53 XSTest prompts, pooled seeds")

@@ -142,14 +142,14 @@ def judged(refusal, over_refusal, safe_safe, safe_unsafe):
 
 def test_seeds_are_pooled(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    for seed in (1, 2):
-        folder = f"runs/real/seed{seed}/safedpo-delta5"
+    for part, delta, seed in (("seed1", 10, 1), ("seed2", 10, 2), ("choose", 20, 0)):
+        folder = f"runs/real/{part}/safedpo-delta{delta}"
         result = judged(seed / 2, 1 / 6, 0.9, seed / 2)
-        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / part).mkdir()
         for name in ("xstest", "pku", "everyday"):
-            (tmp_path / f"seed{seed}" / f"{name}.json").write_text(json.dumps({folder: result}))
+            (tmp_path / part / f"{name}.json").write_text(json.dumps({folder: result}))
         means = {folder: {"reference": -1.0, "policy": -1 - 0.02 * seed}}
-        (tmp_path / f"seed{seed}" / "ordinary.json").write_text(json.dumps(means))
+        (tmp_path / part / "ordinary.json").write_text(json.dumps(means))
     head, _, *lines = figures.table("real").splitlines()
     reference, policy = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines)
     assert len(head.split("|")) - 3 == len(reference) == len(policy)
@@ -159,3 +159,5 @@ def test_seeds_are_pooled(tmp_path, monkeypatch):
         "2", "75 (41–93)", "17 (5–45)", "17 (5–45)",
         "75 (53–89)", "75 (53–89)", "90 (77–96)", "-1.03",
     ]  # fmt: skip
+    (choice,) = figures.table("real choice").splitlines()[2:]
+    assert choice.startswith("| SafeDPO, Δ = 20 | 0 (0–49) | 17 (3–56) |")
