@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A real model made safe, and the baselines, by adapters (LoRA) on two CPU cores. A draft: Δ and the
-# step size of SafeDPO are not chosen yet, and no page shows its results.
+# A real model made safe, and the baselines, by adapters (LoRA) on two CPU cores. A draft: it has not
+# been run yet, and no page shows its results.
 #
 #     MODEL=folder XSTEST=folder PKU=folder real/experiments.sh
-#     PARTS="choose 1" MODEL=… XSTEST=… PKU=… real/experiments.sh     # of choose, 1, 2, 3 only these
+#     PARTS="choose 1" MODEL=… XSTEST=… PKU=… real/experiments.sh    # of choose 1 2 3 these alone
 #
 # MODEL is SmolLM2-135M-Instruct as a Hugging Face folder. real/prepare.py says what the two data
 # folders hold. Folders are absolute, or relative to the project's folder. Each command is printed
@@ -20,7 +20,7 @@ mkdir -p $out/logs
 # its first words, so that training sees about sixteen tokens of each.
 common=(--dtype bfloat16 --max_length 54 --temperature 0 --max_new_tokens 96 --warmup 0.1)
 sft=(--init_from "$MODEL" --lora_rank 16 --sft_epochs 1 --sft_lr 2e-3 --sft_batch_size 8 --epochs 0)
-safedpo=(--beta 1 --lr 4e-4 --batch_size 4 --epochs 2)
+safedpo=(--beta 1 --lr 3e-4 --batch_size 4 --epochs 2)
 
 logged() {  # logged NAME PROGRAM FLAGS…
     echo "python ${*:2}"
@@ -41,20 +41,21 @@ run() {  # run NAME FLAGS…: start this run, or go on with it
 }
 
 judge() {  # judge GROUP: everything that a table shows of the group's runs
-    local runs=("$out/$1"/*)
-    mkdir -p "$results/$1"
-    logged "$1-xstest" eval.py "${runs[@]}" --json "$results/$1/xstest.json"
-    logged "$1-everyday" eval.py "${runs[@]}" --data real/everyday.jsonl \
-        --json "$results/$1/everyday.json"
-    logged "$1-pku" eval.py "${runs[@]}" --data $data/pku --max_length 256 --eval_prompts 1 \
-        --json "$results/$1/pku.json"
-    logged "$1-ordinary" -m real.ordinary $data/ordinary.jsonl "$results/$1/ordinary.json" \
+    local runs=("$out/$1"/*) results=$results/$1
+    mkdir -p "$results"
+    judged() {  # judged NAME FLAGS…
+        logged "${results##*/}-$1" eval.py "${runs[@]}" --dtype bfloat16 --json "$results/$1.json" "${@:2}"
+    }
+    judged xstest
+    judged everyday --data real/everyday.jsonl
+    judged pku --data $data/pku --max_length 256 --eval_prompts 1
+    logged "$1-ordinary" -m real.ordinary $data/ordinary.jsonl "$results/ordinary.json" \
         "${runs[@]}"
 }
 
-best=10  # Δ, chosen on a quarter of the training prompts: the part "choose"
+best=10  # Δ: the part "choose" compares some on a quarter of the training prompts
 
-# Seed 1 has all methods; the others repeat those that matter most.
+# 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.
 for part in ${PARTS:-choose 1 2 3}; do
     group=seed$part seed=$part split=all deltas=$best
     if [ "$part" = choose ]; then
