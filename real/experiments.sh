@@ -40,20 +40,19 @@ run() {  # run NAME FLAGS…: start this run, or go on with it
     fi
 }
 
-judge() {  # judge GROUP: everything that a table shows of the group's runs
-    local runs=("$out/$1"/*) results=$results/$1
-    mkdir -p "$results"
-    judged() {  # judged NAME FLAGS…
-        logged "${results##*/}-$1" eval.py "${runs[@]}" --dtype bfloat16 --json "$results/$1.json" "${@:2}"
-    }
-    judged xstest
-    judged everyday --data real/everyday.jsonl
-    judged pku --data $data/pku --max_length 256 --eval_prompts 1
-    logged "$1-ordinary" -m real.ordinary $data/ordinary.jsonl "$results/ordinary.json" \
-        "${runs[@]}"
+method() {  # method NAME DATA FLAGS…: preference training that begins with the part's reference
+    run "$group/$1" --data "$2" --seed $seed "${safedpo[@]}" "${@:3}" \
+        --init_from $out/sft/$group/reference.pt
 }
 
-best=10  # Δ: the part "choose" compares some on a quarter of the training prompts
+judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some data
+    logged "$group-$1" eval.py $out/$group/* --dtype bfloat16 --json "$results/$group/$1.json" \
+        "${@:2}"
+}
+
+# Δ. The part "choose" compares some on a quarter of the training prompts. Another one has to be named
+# in real/figures.py too.
+best=10
 
 # 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.
 for part in ${PARTS:-choose 1 2 3}; do
@@ -65,10 +64,6 @@ for part in ${PARTS:-choose 1 2 3}; do
     fi
     pairs=$data/$split/pairs
     run sft/$group --data $data/$split/sft --seed $seed "${sft[@]}"
-    method() {  # method NAME DATA FLAGS…: preference training that begins with the part's reference
-        run "$group/$1" --data "$2" --seed $seed "${safedpo[@]}" "${@:3}" \
-            --init_from $out/sft/$group/reference.pt
-    }
     for delta in $deltas; do
         method safedpo-delta$delta $pairs --delta $delta
     done
@@ -87,10 +82,15 @@ for part in ${PARTS:-choose 1 2 3}; do
             method without-$left_out-delta$best $data/without-$left_out --delta $best
         done
     fi
-    judge $group
+    mkdir -p $results/$group
+    judge xstest
+    judge everyday --data real/everyday.jsonl
+    judge pku --data $data/pku --max_length 256 --eval_prompts 1
+    logged "$group-ordinary" -m real.ordinary $data/ordinary.jsonl \
+        $results/$group/ordinary.json $out/$group/*
 done
 
 processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)
 torch=$(python -c "import torch; print(torch.__version__)")
-echo "$(date -I): parts ${PARTS:-choose 1 2 3}, commit $(git log -1 --format=%h), torch $torch,$processor," \
-    "$(nproc) cores: $((SECONDS / 60)) min" | tee -a $results/made.txt
+echo "$(date -I): parts ${PARTS:-choose 1 2 3}, commit $(git log -1 --format=%h)," \
+    "torch $torch,$processor, $(nproc) cores: $((SECONDS / 60)) min" | tee -a $results/made.txt

@@ -26,8 +26,8 @@ RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of 
     "safedpo-delta5": ("SafeDPO, Δ = 5", pages.BLUE, "o"),
     "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
     "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
-    "without-ordinary-delta10": ("the same without ordinary pairs, Δ = 10", pages.GREEN, "<"),
-    "without-pku-delta10": ("the same without PKU's pairs, Δ = 10", pages.GREEN, ">"),
+    "without-ordinary-delta10": ("SafeDPO, Δ = 10, no ordinary pairs", pages.GREEN, "<"),
+    "without-pku-delta10": ("SafeDPO, Δ = 10, no pairs of PKU", pages.GREEN, ">"),
 }
 SHARED = "safedpo-delta10"  # the run of each part whose reference is shown
 PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker), 7B models, XSTest
