@@ -193,7 +193,7 @@ def attend(q, k, v, visible):
     is causal where visible is None."""
     if visible is not None:  # one query: those that share a head of keys are rows of one matrix
         folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        return F.scaled_dot_product_attention(folded, k, v, visible).view_as(q)
+        return F.scaled_dot_product_attention(folded, k, v, visible).reshape(q.shape)
     q, k, v = widened(q), widened(k), widened(v)
     with torch.autocast("cpu", enabled=False):  # it would narrow them again
         return F.scaled_dot_product_attention(
@@ -382,7 +382,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up  # in place, PyTorch 2.11 would compile it without its gradient
 
     @staticmethod
     def backward(ctx, grad):

@@ -248,6 +248,19 @@ def test_attention_on_a_cpu_is_float32s_whatever_its_type():
     torch.testing.assert_close(found, expected)
 
 
+def test_attention_may_lay_its_result_out_as_a_gpu_does(monkeypatch):
+    """A GPU's kernels put a query's heads beside each other in memory."""
+    q, k, v = (torch.randn(2, n, length, 8) for n, length in ((6, 1), (2, 7), (2, 7)))
+    visible, plain = torch.ones(2, 1, 1, 7, dtype=torch.bool), F.scaled_dot_product_attention
+    expected = room.attend(q, k, v, visible)
+
+    def of_a_gpu(*args, **kwargs):
+        return plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", of_a_gpu)
+    assert torch.equal(room.attend(q, k, v, visible), expected)
+
+
 def test_the_log_probs_gradient_is_kept_once():
     hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
     logps = TokenLogps.apply(hidden, head, torch.tensor([1, 2, 3, 4])).sum()

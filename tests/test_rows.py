@@ -36,7 +36,7 @@ def lines(found):
         ("a.jsonl", "\n\n" + lines(ROWS).replace("\n", "\r\n\n")),
         ("a.json", json.dumps(ROWS)),
         ("a.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=2).encode()),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode())),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode(), mtime=0)),
         ("a.JSON.XZ", lzma.compress(json.dumps(ROWS).encode())),
     ],
 )

@@ -26,8 +26,9 @@ import train
 from model import ModelConfig, Transformer
 
 SIZES = dict(n_layer=3, n_head=4, n_kv_head=2, d_model=128, d_ff=256, vocab_size=500)
-BOUNDS = {"float32": 0.002, "float16": 0.01, "bfloat16": 0.05}  # of losses and gradients, relative
-STEPS, WAITS, GRAPHS = 6, 2, 2
+# of losses and gradients' norms, relative; float32 is TF32 there, and later steps add to it
+BOUNDS = {"float32": 0.02, "float16": 0.02, "bfloat16": 0.05}
+STEPS, WAITS, GRAPHS = 6, 2, 3
 
 
 def watched(device, run, *args):
@@ -85,6 +86,7 @@ def main():
     cpu, cuda = torch.device("cpu"), pick_device("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     wrong = [] if answers(cuda) == answers(cpu) else ["greedy answers differ"]
+    print("greedy answers " + ("differ" if wrong else "are the same"), flush=True)
     torch.set_float32_matmul_precision("high")
     expected = {rank: losses(cpu, rank=rank) for rank in (0, 4)}
     for dtype, bound in BOUNDS.items():
