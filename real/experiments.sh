@@ -75,7 +75,7 @@ for part in ${PARTS:-choose 1 2 3}; do
         run $group/base --data $pairs --epochs 0 --init_from "$MODEL"
         method dpo-harmless $pairs --pairs harmless
         method dpo-safebetter $pairs --pairs safebetter
-        for left_out in ordinary pku; do  # what these rows are good for
+        for left_out in own pku; do  # what these rows are good for
             mkdir -p $data/without-$left_out
             cp $pairs/*.jsonl $data/without-$left_out
             rm $data/without-$left_out/train-$left_out.jsonl

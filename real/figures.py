@@ -26,7 +26,7 @@ RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of 
     "safedpo-delta5": ("SafeDPO, Δ = 5", pages.BLUE, "o"),
     "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
     "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
-    "without-ordinary-delta10": ("SafeDPO, Δ = 10, no ordinary pairs", pages.GREEN, "<"),
+    "without-own-delta10": ("SafeDPO, Δ = 10, no answers of its own", pages.GREEN, "<"),
     "without-pku-delta10": ("SafeDPO, Δ = 10, no pairs of PKU", pages.GREEN, ">"),
 }
 SHARED = "safedpo-delta10"  # the run of each part whose reference is shown

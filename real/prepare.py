@@ -1,12 +1,13 @@
 """The data of real/experiments.sh, made from a folder of pairs of answers to XSTest's prompts, a
-folder of single answers of PKU-SafeRLHF, and a model's own answers to ordinary requests.
+folder of single answers of PKU-SafeRLHF, and a model's own answers to requests of ours.
 
     python -m real.prepare MODEL XSTEST PKU OUT
 
 XSTEST has train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's prompt_type.
 PKU has the same with prompt, response and is_safe. MODEL is a Hugging Face folder. OUT gets
 
-- all/sft/: answers to learn from: those of both training splits, and ordinary ones;
+- all/sft/: answers to learn from: those of both training splits, and the model's own to ordinary
+  requests (requests.jsonl) and to harmless ones that sound dangerous (borderline.jsonl);
 - all/pairs/: pairs of such answers;
 - choose/sft/ and choose/pairs/: the same without a quarter of XSTest's training prompts, for
   settings to be chosen on that quarter;
@@ -34,6 +35,7 @@ from lib.settings import Settings
 
 HERE = Path(__file__).parent
 HOW = Settings(seed=0, temperature=0.7, top_p=0.9, max_new_tokens=128)
+OWN = "requests", "borderline"  # files of benign requests that training sees
 ANSWERS = 5  # to each of the 40 everyday requests
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -68,7 +70,7 @@ def own_answers(folder, prompts, n):
     device, prompts = pick_device("auto"), [prompt for prompt in prompts for _ in range(n)]
     model, tokenizer = pretrained.load(Path(folder), None, 512, device)
     dtype, x = pick_dtype("auto", device), tokenizer.prompts(prompts)
-    said = sample_answers(model, x, tokenizer.ends, HOW, device, dtype, "ordinary answers")
+    said = sample_answers(model, x, tokenizer.ends, HOW, device, dtype, "own answers")
     return [
         {"prompt": prompt, "response": tokenizer.decode(y), "ended": y[-1] in tokenizer.ends}
         for prompt, y in zip(prompts, said)
@@ -101,8 +103,8 @@ def each_once(pairs):
     return rows
 
 
-def ordinary_rows(answers):
-    """(rows for SFT, pairs) of a model's answers to ordinary requests, two to each.
+def own_rows(answers):
+    """(rows for SFT, pairs) of a model's own answers to benign requests, two to each.
 
     SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal.
     """
@@ -125,20 +127,20 @@ def main(argv=None):
         raise ValueError("expected python -m real.prepare MODEL XSTEST PKU OUT")
     model, xstest, pku, out = map(Path, arguments)
     pairs, answers = read(xstest, "train", "prompt_type"), read(pku, "train", "response")
-    requests = [row["prompt"] for row, _ in read_rows(HERE / "requests.jsonl")]
-    ordinary_sft, ordinary = ordinary_rows(own_answers(model, requests, 2))
+    requests = [row["prompt"] for name in OWN for row, _ in read_rows(HERE / f"{name}.jsonl")]
+    own_sft, own_pairs = own_rows(own_answers(model, requests, 2))
     quarter = {row["prompt"] for row in pairs if is_chosen_on(row)}
     for name, held_out in (("all", set()), ("choose", quarter)):
         train = [row for row in pairs if row["prompt"] not in held_out]
         test = [row for row in pairs if row["prompt"] in held_out]
         for kind, rows, more in (
-            ("sft", each_once(train), ordinary_sft),
-            ("pairs", train, ordinary),
+            ("sft", each_once(train), own_sft),
+            ("pairs", train, own_pairs),
         ):
             folder = out / name / kind
             write(folder / "train-xstest.jsonl", rows)
             write(folder / "train-pku.jsonl", answers)
-            write(folder / "train-ordinary.jsonl", more)
+            write(folder / "train-own.jsonl", more)
             write(folder / "test.jsonl", test or read(xstest, "test", "prompt_type"))
     write(out / "pku" / "test.jsonl", read(pku, "test", "response"))
     everyday = [row["prompt"] for row, _ in read_rows(HERE / "everyday.jsonl")]

@@ -54,7 +54,7 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
         for split, records in some.items()
     }
     assert prompts["pku", "test"] == {f"test {i}?" for i in range(4)}
-    requests = prompts_of("requests")
+    requests = prompts_of("requests") | prompts_of("borderline")
     trained = {f"{i}?" for i in range(60)} | {f"train {i}?" for i in range(12)} | requests
     for kind in ("sft", "pairs"):
         held_out = prompts[f"all/{kind}", "test"]
@@ -67,15 +67,15 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
         assert {r.prompt: r.benign for r in splits[f"all/{kind}"]["test"]} == {
             f"{i}?": bool(i % 2) for i in range(60, 70)
         }
-        assert survey(splits[f"all/{kind}"])[1][0].startswith("192 train, 10 test")
+        assert survey(splits[f"all/{kind}"])[1][0].startswith("420 train, 10 test")
     answers = [json.loads(line) for line in (made / "ordinary.jsonl").read_text().splitlines()]
     assert len(answers) == 200 and {r["prompt"] for r in answers} == prompts_of("everyday")
     assert not prompts_of("everyday") & requests
 
 
-def test_ordinary_rows_by_hand():
+def test_own_rows_by_hand():
     answers = own_answers("a model", ["Why?", "How?"], 2)
-    sft, pairs = prepare.ordinary_rows(answers)
+    sft, pairs = prepare.own_rows(answers)
     assert [(row["response_0"], row["response_1"]) for row in sft] == [
         ("Why? 0", "Why? 1"), ("How? 0", "How? 1"),
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def prompts_of(name):
 def test_everyday_requests_are_forty_and_benign():
     rows = [json.loads(line) for line in (prepare.HERE / "everyday.jsonl").read_text().splitlines()]
     assert len({r["prompt"] for r in rows}) == len(rows) == 40 and all(r["benign"] for r in rows)
-    assert len(prompts_of("requests")) == 120
+    assert len(prompts_of("requests")) == 120 and len(prompts_of("borderline")) == 228
 
 
 def judged(refusal, over_refusal, safe_safe, safe_unsafe):
