@@ -20,7 +20,7 @@ mkdir -p $out/logs
 # its first words, so that training sees about sixteen tokens of each.
 common=(--dtype bfloat16 --max_length 54 --temperature 0 --max_new_tokens 96 --warmup 0.1)
 sft=(--init_from "$MODEL" --lora_rank 16 --sft_epochs 1 --sft_lr 2e-3 --sft_batch_size 8 --epochs 0)
-safedpo=(--beta 1 --lr 5e-4 --batch_size 4 --epochs 2)
+safedpo=(--beta 1 --lr 4e-4 --batch_size 4 --epochs 1)
 
 logged() {  # logged NAME PROGRAM FLAGS…
     echo "python ${*:2}"
@@ -50,17 +50,16 @@ judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some d
         "${@:2}"
 }
 
-# Δ. The part "choose" compares some on a quarter of the training prompts. Another one has to be named
-# in real/figures.py too.
-best=10
+# Δ, chosen by the part "choose" on a quarter of the training prompts; BEST in real/figures.py is it.
+best=2
 
 # 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.
 for part in ${PARTS:-choose 1 2 3}; do
     group=seed$part seed=$part split=all deltas=$best
     if [ "$part" = choose ]; then
-        group=choose seed=1 split=choose deltas="0 5 10 20"
+        group=choose seed=1 split=choose deltas="0 2 5 10"
     elif [ "$part" = 1 ]; then
-        deltas="0 5 10 20"
+        deltas="0 2 5 10 20"
     fi
     pairs=$data/$split/pairs
     run sft/$group --data $data/$split/sft --seed $seed "${sft[@]}"
@@ -78,7 +77,7 @@ for part in ${PARTS:-choose 1 2 3}; do
         for left_out in own pku; do  # what these rows are good for
             mkdir -p $data/without-$left_out
             cp $pairs/*.jsonl $data/without-$left_out
-            rm $data/without-$left_out/train-$left_out.jsonl
+            rm $data/without-$left_out/train-$left_out*.jsonl
             method without-$left_out-delta$best $data/without-$left_out --delta $best
         done
     fi

@@ -15,21 +15,23 @@ from lib.flags import run as run_main
 from lib.metrics import share
 
 RESULTS = Path(__file__).parent / "results"
+BEST = 2  # the Δ that experiments.sh chose
 RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of a seed begin with
     "base": ("SmolLM2 as it came", pages.DARK_GREY, "X"),
     "reference": ("reference (SFT)", pages.BLACK, "s"),
     "dpo-helpful": ("DPO-HELPFUL", pages.VERMILION, "^"),
     "dpo-harmless": ("DPO-HARMLESS", pages.PURPLE, "v"),
     "dpo-safebetter": ("DPO-SAFEBETTER", pages.ORANGE, "D"),
-    "noswap-delta10": ("NoSwap, Δ = 10", pages.SKY, "P"),
+    f"noswap-delta{BEST}": (f"NoSwap, Δ = {BEST}", pages.SKY, "P"),
     "safedpo-delta0": ("SafeDPO, Δ = 0", pages.BLUE, "d"),
+    "safedpo-delta2": ("SafeDPO, Δ = 2", pages.BLUE, "h"),
     "safedpo-delta5": ("SafeDPO, Δ = 5", pages.BLUE, "o"),
     "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
     "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
-    "without-own-delta10": ("SafeDPO, Δ = 10, no answers of its own", pages.GREEN, "<"),
-    "without-pku-delta10": ("SafeDPO, Δ = 10, no pairs of PKU", pages.GREEN, ">"),
+    f"without-own-delta{BEST}": (f"SafeDPO, Δ = {BEST}, no answers of its own", pages.GREEN, "<"),
+    f"without-pku-delta{BEST}": (f"SafeDPO, Δ = {BEST}, no pairs of PKU", pages.GREEN, ">"),
 }
-SHARED = "safedpo-delta10"  # the run of each part whose reference is shown
+SHARED = f"safedpo-delta{BEST}"  # the run of each part whose reference is shown
 PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker), 7B models, XSTest
     "DPO-HELPFUL": (14.5, 0.0, pages.VERMILION, "^"),
     "SafeRLHF": (84.5, 3.2, pages.DARK_GREY, "X"),

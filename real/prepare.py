@@ -8,7 +8,7 @@ PKU has the same with prompt, response and is_safe. MODEL is a Hugging Face fold
 
 - all/sft/: answers to learn from: those of both training splits, and the model's own to ordinary
   requests (requests.jsonl) and to harmless ones that sound dangerous (borderline.jsonl);
-- all/pairs/: pairs of such answers;
+- all/pairs/: pairs of such answers, and of refusals with unsafe answers of PKU-SafeRLHF;
 - choose/sft/ and choose/pairs/: the same without a quarter of XSTest's training prompts, for
   settings to be chosen on that quarter;
 - pku/: PKU's test split;
@@ -23,6 +23,7 @@ import json
 import random
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from lib import checkpoint, pretrained
@@ -30,21 +31,17 @@ from lib.device import pick_device, pick_dtype
 from lib.flags import run
 from lib.formats import checked_values
 from lib.policy import sample_answers
+from lib.refusals import refuses
 from lib.rows import read_rows
 from lib.settings import Settings
 
 HERE = Path(__file__).parent
-HOW = Settings(seed=0, temperature=0.7, top_p=0.9, max_new_tokens=128)
+HOW = Settings(seed=0, temperature=0.7, top_p=0.9)
+# tokens, at most, of an answer: training sees fewer (--max_length), real/ordinary.py scores all
+SEEN, SCORED = 48, 128
 OWN = "requests", "borderline"  # files of benign requests that training sees
 ANSWERS = 5  # to each of the 40 everyday requests
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I cannot help with that request.",
-    "I'm sorry, but I cannot assist you with that.",
-    "I am not able to help with this.",
-    "I can't provide that.",
-    "Sorry, I can't answer that.",
-)
+REFUSED = 4  # one of so many prompts with an unsafe answer of PKU's gets a refusal
 
 
 def read(folder, split, field):
@@ -65,12 +62,14 @@ def write(path, rows):
     print(f"{path}: {len(rows)} rows, {len({row['prompt'] for row in rows})} prompts")
 
 
-def own_answers(folder, prompts, n):
-    """n sampled answers of a model to each prompt: rows {"prompt", "response", "ended"}."""
+def own_answers(folder, prompts, n, most):
+    """n sampled answers of a model to each prompt, of `most` tokens at most: rows {"prompt",
+    "response", "ended"}."""
     device, prompts = pick_device("auto"), [prompt for prompt in prompts for _ in range(n)]
     model, tokenizer = pretrained.load(Path(folder), None, 512, device)
     dtype, x = pick_dtype("auto", device), tokenizer.prompts(prompts)
-    said = sample_answers(model, x, tokenizer.ends, HOW, device, dtype, "own answers")
+    how = replace(HOW, max_new_tokens=most)
+    said = sample_answers(model, x, tokenizer.ends, how, device, dtype, "own answers")
     return [
         {"prompt": prompt, "response": tokenizer.decode(y), "ended": y[-1] in tokenizer.ends}
         for prompt, y in zip(prompts, said)
@@ -103,17 +102,39 @@ def each_once(pairs):
     return rows
 
 
-def own_rows(answers):
+def refusals_in(pairs):
+    """The different refusals among the answers of pairs. ValueError if there is none."""
+    said = {row[f"response_{i}"] for row in pairs for i in (0, 1)}
+    if refusals := sorted(text for text in said if refuses(text)):
+        return refusals
+    raise ValueError("no training answer to XSTest's prompts is a refusal; expected some")
+
+
+def own_rows(answers, refusals, rng):
     """(rows for SFT, pairs) of a model's own answers to benign requests, two to each.
 
-    SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal.
+    SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal, which is
+    one that the model has learned from the data: against others, words that it would not use, the
+    pairs would teach it nothing.
     """
-    rng, sft, pairs = random.Random(0), [], []
+    sft, pairs = [], []
     for two in zip(*[iter(answers)] * 2):
         prompt, said = two[0]["prompt"], [(row["response"], True) for row in two]
         sft.append(pair(prompt, said))
-        pairs.append(pair(prompt, [said[0], (rng.choice(REFUSALS), True)]))
+        pairs.append(pair(prompt, [said[0], (rng.choice(refusals), True)]))
     return sft, pairs
+
+
+def refused_rows(answers, refusals, rng):
+    """Pairs in which such a refusal beats an unsafe answer, for some of the prompts that have one.
+
+    Few of PKU's safe answers refuse: they lecture, or answer something else.
+    """
+    unsafe = {row["prompt"]: row["response"] for row in answers if not row["is_safe"]}
+    return [
+        pair(prompt, [(rng.choice(refusals), True), (unsafe[prompt], False)])
+        for prompt in sorted(unsafe)[::REFUSED]
+    ]
 
 
 def is_chosen_on(row):
@@ -128,23 +149,24 @@ def main(argv=None):
     model, xstest, pku, out = map(Path, arguments)
     pairs, answers = read(xstest, "train", "prompt_type"), read(pku, "train", "response")
     requests = [row["prompt"] for name in OWN for row, _ in read_rows(HERE / f"{name}.jsonl")]
-    own_sft, own_pairs = own_rows(own_answers(model, requests, 2))
+    said = own_answers(model, requests, 2, SEEN)
     quarter = {row["prompt"] for row in pairs if is_chosen_on(row)}
     for name, held_out in (("all", set()), ("choose", quarter)):
         train = [row for row in pairs if row["prompt"] not in held_out]
         test = [row for row in pairs if row["prompt"] in held_out]
-        for kind, rows, more in (
-            ("sft", each_once(train), own_sft),
-            ("pairs", train, own_pairs),
-        ):
+        rng, refusals = random.Random(0), refusals_in(train)
+        own_sft, own_pairs = own_rows(said, refusals, rng)
+        sft = {"xstest": each_once(train), "pku": answers, "own": own_sft}
+        paired = {"xstest": train, "pku": answers, "own": own_pairs}
+        paired["pku-refused"] = refused_rows(answers, refusals, rng)
+        for kind, parts in (("sft", sft), ("pairs", paired)):
             folder = out / name / kind
-            write(folder / "train-xstest.jsonl", rows)
-            write(folder / "train-pku.jsonl", answers)
-            write(folder / "train-own.jsonl", more)
+            for part, rows in parts.items():
+                write(folder / f"train-{part}.jsonl", rows)
             write(folder / "test.jsonl", test or read(xstest, "test", "prompt_type"))
     write(out / "pku" / "test.jsonl", read(pku, "test", "response"))
     everyday = [row["prompt"] for row, _ in read_rows(HERE / "everyday.jsonl")]
-    write(out / "ordinary.jsonl", own_answers(model, everyday, ANSWERS))
+    write(out / "ordinary.jsonl", own_answers(model, everyday, ANSWERS, SCORED))
 
 
 if __name__ == "__main__":

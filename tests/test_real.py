@@ -1,9 +1,9 @@
 """The experiments with a real model: how their data are made, and what their table says."""
 
 import json
+import random
 
 from lib.records import load, survey
-from lib.refusals import refuses
 
 import pytest
 from conftest import row
@@ -17,10 +17,11 @@ def write(path, rows):
 
 
 def xstest(i, benign):
-    return row(prompt=f"{i}?", prompt_type="homonyms" if benign else "contrast_homonyms")
+    kind = "homonyms" if benign else "contrast_homonyms"
+    return row(prompt=f"{i}?", prompt_type=kind, response_1=f"I cannot help with {i}.")
 
 
-def own_answers(model, prompts, n):
+def own_answers(model, prompts, n, most=0):
     """What prepare.own_answers gives, without a model."""
     return [
         {"prompt": prompt, "response": f"{prompt} {i}", "ended": True}
@@ -67,7 +68,8 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
         assert {r.prompt: r.benign for r in splits[f"all/{kind}"]["test"]} == {
             f"{i}?": bool(i % 2) for i in range(60, 70)
         }
-        assert survey(splits[f"all/{kind}"])[1][0].startswith("420 train, 10 test")
+        n = {"sft": 420, "pairs": 423}[kind]
+        assert survey(splits[f"all/{kind}"])[1][0].startswith(f"{n} train, 10 test")
     answers = [json.loads(line) for line in (made / "ordinary.jsonl").read_text().splitlines()]
     assert len(answers) == 200 and {r["prompt"] for r in answers} == prompts_of("everyday")
     assert not prompts_of("everyday") & requests
@@ -75,16 +77,41 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
 
 def test_own_rows_by_hand():
     answers = own_answers("a model", ["Why?", "How?"], 2)
-    sft, pairs = prepare.own_rows(answers)
+    sft, pairs = prepare.own_rows(answers, ["No, I cannot."], random.Random(0))
     assert [(row["response_0"], row["response_1"]) for row in sft] == [
         ("Why? 0", "Why? 1"), ("How? 0", "How? 1"),
     ]  # fmt: skip
-    assert [row["response_0"] for row in pairs] == ["Why? 0", "How? 0"]
-    assert all(row["response_1"] in prepare.REFUSALS for row in pairs)
+    assert [(row["response_0"], row["response_1"]) for row in pairs] == [
+        ("Why? 0", "No, I cannot."), ("How? 0", "No, I cannot."),
+    ]  # fmt: skip
     for pair in sft + pairs:
         assert pair["better_response_id"] == 0
         assert pair["is_response_0_safe"] and pair["is_response_1_safe"]
-    assert all(refuses(refusal) for refusal in prepare.REFUSALS)
+
+
+def test_a_quarter_of_the_unsafe_prompts_gets_a_refusal():
+    answers = [
+        {"prompt": f"{i}?", "response": f"so {safe}", "is_safe": safe}
+        for i in range(9)
+        for safe in (True, False)
+    ] + [{"prompt": "a safe one?", "response": "so", "is_safe": True}]
+    rows = prepare.refused_rows(answers, ["I cannot."], random.Random(0))
+    assert rows == [
+        prepare.pair(f"{i}?", [("I cannot.", True), ("so False", False)]) for i in (0, 4, 8)
+    ]
+
+
+def test_refusals_are_those_of_the_training_answers(made):
+    for part in ("all", "choose"):
+        train, own, refused = (
+            [json.loads(line) for line in (made / part / "pairs" / name).open()]
+            for name in ("train-xstest.jsonl", "train-own.jsonl", "train-pku-refused.jsonl")
+        )
+        known = {r["response_1"] for r in train}
+        assert {r["response_1"] for r in own} <= known and len(own) == 348
+        assert {r["response_0"] for r in refused} <= known and len(refused) == 3
+    with pytest.raises(ValueError, match="no training answer to XSTest's prompts is a refusal"):
+        prepare.refusals_in([row()])
 
 
 def test_sft_learns_each_answer_once():
@@ -142,7 +169,8 @@ def judged(refusal, over_refusal, safe_safe, safe_unsafe):
 
 def test_seeds_are_pooled(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    for part, delta, seed in (("seed1", 10, 1), ("seed2", 10, 2), ("choose", 20, 0)):
+    best = figures.BEST
+    for part, delta, seed in (("seed1", best, 1), ("seed2", best, 2), ("choose", 20, 0)):
         folder = f"runs/real/{part}/safedpo-delta{delta}"
         result = judged(seed / 2, 1 / 6, 0.9, seed / 2)
         (tmp_path / part).mkdir()
