@@ -50,7 +50,8 @@ judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some d
         "${@:2}"
 }
 
-# Δ, chosen by the part "choose" on a quarter of the training prompts; BEST in real/figures.py is it.
+# Δ. The part "choose" is there to find it, on a quarter of the training prompts; until that has been
+# run, this is a guess. BEST in real/figures.py is the same.
 best=2
 
 # 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.

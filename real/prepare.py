@@ -41,7 +41,7 @@ HOW = Settings(seed=0, temperature=0.7, top_p=0.9)
 SEEN, SCORED = 48, 128
 OWN = "requests", "borderline"  # files of benign requests that training sees
 ANSWERS = 5  # to each of the 40 everyday requests
-REFUSED = 4  # one of so many prompts with an unsafe answer of PKU's gets a refusal
+REFUSED = 4  # of PKU's prompts with an unsafe answer, one in so many gets a refusal
 
 
 def read(folder, split, field):
@@ -113,9 +113,8 @@ def refusals_in(pairs):
 def own_rows(answers, refusals, rng):
     """(rows for SFT, pairs) of a model's own answers to benign requests, two to each.
 
-    SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal, which is
-    one that the model has learned from the data: against others, words that it would not use, the
-    pairs would teach it nothing.
+    SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal of the kind
+    that SFT teaches: its words are those in which the model would refuse.
     """
     sft, pairs = [], []
     for two in zip(*[iter(answers)] * 2):

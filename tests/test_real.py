@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 from lib.records import load, survey
 
@@ -112,6 +113,20 @@ def test_refusals_are_those_of_the_training_answers(made):
         assert {r["response_0"] for r in refused} <= known and len(refused) == 3
     with pytest.raises(ValueError, match="no training answer to XSTest's prompts is a refusal"):
         prepare.refusals_in([row()])
+
+
+def test_the_tables_show_the_runs_of_the_script():
+    script = (prepare.HERE / "experiments.sh").read_text(encoding="utf-8")
+    (best,) = re.findall(r"^best=(.*)$", script, re.M)
+    deltas = re.findall(r'deltas="(.*)"', script)[-1].split()  # of the part with all methods
+    (left_out,) = re.findall(r"for left_out in (.*); do", script)
+    names = {
+        name.replace("$delta", delta).replace("$best", best).replace("$left_out", rows)
+        for name in re.findall(r"^ +(?:method |run \$group/)(\S+)", script, re.M)
+        for delta in deltas
+        for rows in left_out.split()
+    }
+    assert best == str(figures.BEST) and names == figures.RUNS.keys() - {"reference"}
 
 
 def test_sft_learns_each_answer_once():
