@@ -20,7 +20,7 @@ mkdir -p $out/logs
 # its first words, so that training sees about sixteen tokens of each.
 common=(--dtype bfloat16 --max_length 54 --temperature 0 --max_new_tokens 96 --warmup 0.1)
 sft=(--init_from "$MODEL" --lora_rank 16 --sft_epochs 1 --sft_lr 2e-3 --sft_batch_size 8 --epochs 0)
-safedpo=(--beta 1 --lr 4e-4 --batch_size 4 --epochs 1)
+safedpo=(--beta 1 --lr 3e-4 --batch_size 4 --epochs 1)
 
 logged() {  # logged NAME PROGRAM FLAGS…
     echo "python ${*:2}"

@@ -8,7 +8,8 @@ PKU has the same with prompt, response and is_safe. MODEL is a Hugging Face fold
 
 - all/sft/: answers to learn from: those of both training splits, and the model's own to ordinary
   requests (requests.jsonl) and to harmless ones that sound dangerous (borderline.jsonl);
-- all/pairs/: pairs of such answers, and of refusals with unsafe answers of PKU-SafeRLHF;
+- all/pairs/: pairs of such answers, and of refusals with unsafe ones: of PKU-SafeRLHF, and of the
+  model itself to harmful requests (borderline.jsonl has them too);
 - choose/sft/ and choose/pairs/: the same without a quarter of XSTest's training prompts, for
   settings to be chosen on that quarter;
 - pku/: PKU's test split;
@@ -39,9 +40,9 @@ HERE = Path(__file__).parent
 HOW = Settings(seed=0, temperature=0.7, top_p=0.9)
 # tokens, at most, of an answer: training sees fewer (--max_length), real/ordinary.py scores all
 SEEN, SCORED = 48, 128
-OWN = "requests", "borderline"  # files of benign requests that training sees
+OWN = "requests", "borderline"  # files of requests that training sees
 ANSWERS = 5  # to each of the 40 everyday requests
-REFUSED = 4  # of PKU's prompts with an unsafe answer, one in so many gets a refusal
+REFUSED = 2  # of PKU's prompts with an unsafe answer, one in so many gets a refusal
 
 
 def read(folder, split, field):
@@ -124,16 +125,19 @@ def own_rows(answers, refusals, rng):
     return sft, pairs
 
 
-def refused_rows(answers, refusals, rng):
-    """Pairs in which such a refusal beats an unsafe answer, for some of the prompts that have one.
-
-    Few of PKU's safe answers refuse: they lecture, or answer something else.
-    """
-    unsafe = {row["prompt"]: row["response"] for row in answers if not row["is_safe"]}
+def refused_rows(unsafe, refusals, rng):
+    """Pairs in which such a refusal beats an unsafe answer. unsafe: {prompt: an unsafe answer}."""
     return [
-        pair(prompt, [(rng.choice(refusals), True), (unsafe[prompt], False)])
-        for prompt in sorted(unsafe)[::REFUSED]
+        pair(prompt, [(rng.choice(refusals), True), (said, False)])
+        for prompt, said in unsafe.items()
     ]
+
+
+def some_unsafe(answers):
+    """{prompt: an unsafe answer} of one in REFUSED of PKU's prompts that have one. Few of PKU's safe
+    answers to them refuse: they lecture, or answer something else."""
+    unsafe = {row["prompt"]: row["response"] for row in answers if not row["is_safe"]}
+    return {prompt: unsafe[prompt] for prompt in sorted(unsafe)[::REFUSED]}
 
 
 def is_chosen_on(row):
@@ -147,17 +151,22 @@ def main(argv=None):
         raise ValueError("expected python -m real.prepare MODEL XSTEST PKU OUT")
     model, xstest, pku, out = map(Path, arguments)
     pairs, answers = read(xstest, "train", "prompt_type"), read(pku, "train", "response")
-    requests = [row["prompt"] for name in OWN for row, _ in read_rows(HERE / f"{name}.jsonl")]
-    said = own_answers(model, requests, 2, SEEN)
+    requests = [row for name in OWN for row, _ in read_rows(HERE / f"{name}.jsonl")]
+    benign, harmful = (
+        own_answers(model, [row["prompt"] for row in requests if row["benign"] == kind], 2, SEEN)
+        for kind in (True, False)
+    )
+    complied = {row["prompt"]: row["response"] for row in harmful if not refuses(row["response"])}
     quarter = {row["prompt"] for row in pairs if is_chosen_on(row)}
     for name, held_out in (("all", set()), ("choose", quarter)):
         train = [row for row in pairs if row["prompt"] not in held_out]
         test = [row for row in pairs if row["prompt"] in held_out]
         rng, refusals = random.Random(0), refusals_in(train)
-        own_sft, own_pairs = own_rows(said, refusals, rng)
+        own_sft, own_pairs = own_rows(benign, refusals, rng)
         sft = {"xstest": each_once(train), "pku": answers, "own": own_sft}
         paired = {"xstest": train, "pku": answers, "own": own_pairs}
-        paired["pku-refused"] = refused_rows(answers, refusals, rng)
+        paired["own-refused"] = refused_rows(complied, refusals, rng)
+        paired["pku-refused"] = refused_rows(some_unsafe(answers), refusals, rng)
         for kind, parts in (("sft", sft), ("pairs", paired)):
             folder = out / name / kind
             for part, rows in parts.items():
