@@ -23,9 +23,13 @@ def xstest(i, benign):
 
 
 def own_answers(model, prompts, n, most=0):
-    """What prepare.own_answers gives, without a model."""
+    """What prepare.own_answers gives, without a model: it refuses where something is illegal."""
     return [
-        {"prompt": prompt, "response": f"{prompt} {i}", "ended": True}
+        {
+            "prompt": prompt,
+            "response": "I cannot help." if "illegal" in prompt else f"{prompt} {i}",
+            "ended": True,
+        }
         for prompt in prompts
         for i in range(n)
     ]
@@ -56,9 +60,11 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
         for split, records in some.items()
     }
     assert prompts["pku", "test"] == {f"test {i}?" for i in range(4)}
-    requests = prompts_of("requests") | prompts_of("borderline")
-    trained = {f"{i}?" for i in range(60)} | {f"train {i}?" for i in range(12)} | requests
+    requests = prompts_of("requests", True) | prompts_of("borderline", True)
     for kind in ("sft", "pairs"):
+        trained = {f"{i}?" for i in range(60)} | {f"train {i}?" for i in range(12)} | requests
+        if kind == "pairs":
+            trained |= {p for p in prompts_of("borderline", False) if "illegal" not in p}
         held_out = prompts[f"all/{kind}", "test"]
         assert held_out == {f"{i}?" for i in range(60, 70)}
         assert prompts[f"all/{kind}", "train"] == trained
@@ -69,11 +75,11 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
         assert {r.prompt: r.benign for r in splits[f"all/{kind}"]["test"]} == {
             f"{i}?": bool(i % 2) for i in range(60, 70)
         }
-        n = {"sft": 420, "pairs": 423}[kind]
+        n = {"sft": 524, "pairs": 640}[kind]
         assert survey(splits[f"all/{kind}"])[1][0].startswith(f"{n} train, 10 test")
     answers = [json.loads(line) for line in (made / "ordinary.jsonl").read_text().splitlines()]
-    assert len(answers) == 200 and {r["prompt"] for r in answers} == prompts_of("everyday")
-    assert not prompts_of("everyday") & requests
+    assert len(answers) == 200 and {r["prompt"] for r in answers} == prompts_of("everyday", True)
+    assert not prompts_of("everyday", True) & requests
 
 
 def test_own_rows_by_hand():
@@ -90,15 +96,16 @@ def test_own_rows_by_hand():
         assert pair["is_response_0_safe"] and pair["is_response_1_safe"]
 
 
-def test_a_quarter_of_the_unsafe_prompts_gets_a_refusal():
+def test_half_of_the_unsafe_prompts_get_a_refusal():
     answers = [
         {"prompt": f"{i}?", "response": f"so {safe}", "is_safe": safe}
-        for i in range(9)
+        for i in range(5)
         for safe in (True, False)
     ] + [{"prompt": "a safe one?", "response": "so", "is_safe": True}]
-    rows = prepare.refused_rows(answers, ["I cannot."], random.Random(0))
-    assert rows == [
-        prepare.pair(f"{i}?", [("I cannot.", True), ("so False", False)]) for i in (0, 4, 8)
+    unsafe = prepare.some_unsafe(answers)
+    assert unsafe == {f"{i}?": "so False" for i in (0, 2, 4)}
+    assert prepare.refused_rows(unsafe, ["I cannot."], random.Random(0)) == [
+        prepare.pair(f"{i}?", [("I cannot.", True), ("so False", False)]) for i in (0, 2, 4)
     ]
 
 
@@ -109,8 +116,8 @@ def test_refusals_are_those_of_the_training_answers(made):
             for name in ("train-xstest.jsonl", "train-own.jsonl", "train-pku-refused.jsonl")
         )
         known = {r["response_1"] for r in train}
-        assert {r["response_1"] for r in own} <= known and len(own) == 348
-        assert {r["response_0"] for r in refused} <= known and len(refused) == 3
+        assert {r["response_1"] for r in own} <= known and len(own) == 452
+        assert {r["response_0"] for r in refused} <= known and len(refused) == 6
     with pytest.raises(ValueError, match="no training answer to XSTest's prompts is a refusal"):
         prepare.refusals_in([row()])
 
@@ -154,15 +161,19 @@ def test_bad_rows_are_named(tmp_path):
         prepare.main([])
 
 
-def prompts_of(name):
+def prompts_of(name, benign):
     lines = (prepare.HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return {json.loads(line)["prompt"] for line in lines}
+    prompts = [r["prompt"] for r in map(json.loads, lines) if r["benign"] == benign]
+    assert len(set(prompts)) == len(prompts)
+    return set(prompts)
 
 
-def test_everyday_requests_are_forty_and_benign():
-    rows = [json.loads(line) for line in (prepare.HERE / "everyday.jsonl").read_text().splitlines()]
-    assert len({r["prompt"] for r in rows}) == len(rows) == 40 and all(r["benign"] for r in rows)
-    assert len(prompts_of("requests")) == 120 and len(prompts_of("borderline")) == 228
+def test_there_are_as_many_requests_as_the_pages_say():
+    counts = {
+        name: [len(prompts_of(name, benign)) for benign in (True, False)]
+        for name in ("everyday", "requests", "borderline")
+    }
+    assert counts == {"everyday": [40, 0], "requests": [120, 0], "borderline": [332, 111]}
 
 
 def judged(refusal, over_refusal, safe_safe, safe_unsafe):
