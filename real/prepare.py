@@ -134,8 +134,10 @@ def refused_rows(unsafe, refusals, rng):
 
 
 def some_unsafe(answers):
-    """{prompt: an unsafe answer} of one in REFUSED of PKU's prompts that have one. Few of PKU's safe
-    answers to them refuse: they lecture, or answer something else."""
+    """{prompt: an unsafe answer} of one in REFUSED of PKU's prompts that have one.
+
+    Few of PKU's safe answers to them refuse: they lecture, or answer something else.
+    """
     unsafe = {row["prompt"]: row["response"] for row in answers if not row["is_safe"]}
     return {prompt: unsafe[prompt] for prompt in sorted(unsafe)[::REFUSED]}
 
