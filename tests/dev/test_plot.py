@@ -7,10 +7,7 @@ from lib.report import draw_curves, plot
 
 import pytest
 
-from real import figures as of_real_model
 from village import figures
-
-PICTURES = figures.PICTURES | of_real_model.PICTURES
 
 
 def figure(value):
@@ -40,9 +37,9 @@ def test_plot_leaves_out_runs_that_nobody_judged(tmp_path, capsys):
         plot({"other": other}, tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", figures.PICTURES)
 def test_pictures_show_every_series(name, tmp_path):
-    picture = PICTURES[name]()
+    picture = figures.PICTURES[name]()
     picture.savefig(tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").stat().st_size > 10_000
     assert (pages.PICTURES_FOLDER / f"{name}.svg").exists()
@@ -52,7 +49,7 @@ def test_pictures_show_every_series(name, tmp_path):
         assert all(len(line.get_xdata()) == len(line.get_ydata()) for line in lines)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", figures.PICTURES)
 def test_every_picture_is_on_a_page(name):
     picture = pages.PICTURES_FOLDER / f"{name}.svg"
     links = [(page, picture.relative_to(page.parent).as_posix()) for page in pages.pages()]
