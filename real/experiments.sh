@@ -3,10 +3,11 @@
 # been run yet, and no page shows its results.
 #
 #     MODEL=folder XSTEST=folder PKU=folder real/experiments.sh
-#     PARTS="choose 1" MODEL=… XSTEST=… PKU=… real/experiments.sh    # of choose 1 2 3 these alone
+#     PARTS="1 choose" MODEL=… XSTEST=… PKU=… real/experiments.sh    # of 1 choose 2 3 these alone
 #
 # MODEL is SmolLM2-135M-Instruct as a Hugging Face folder. real/prepare.py says what the two data
-# folders hold. Folders are absolute, or relative to the project's folder. Each command is printed
+# folders hold. Folders are absolute, or relative to the project's folder. As many parts as there are
+# cores run at a time, with one thread each (CORES=1: one after the other). Each command is printed
 # before it runs; finished runs are kept, and a stopped one goes on. What real/figures.py needs is
 # written to real/results/ whenever a part is done.
 set -euo pipefail
@@ -14,7 +15,18 @@ cd "$(dirname "$0")/.."
 : "${MODEL:?a Hugging Face folder}" "${XSTEST:?a folder of pairs}" "${PKU:?a folder of answers}"
 out=runs/real data=runs/real/data results=real/results
 mkdir -p $out/logs
-[ -f $data/ordinary.jsonl ] || python -m real.prepare "$MODEL" "$XSTEST" "$PKU" $data
+
+if [ -z "${PART-}" ]; then  # this script runs itself for each part
+    [ -f $data/ordinary.jsonl ] || python -m real.prepare "$MODEL" "$XSTEST" "$PKU" $data
+    cores=${CORES:-$(nproc)} parts=${PARTS:-1 choose 2 3}
+    printf "%s\n" $parts |
+        OMP_NUM_THREADS=1 xargs -P "$cores" -I {} env PART={} bash real/experiments.sh
+    processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)
+    torch=$(python -c "import torch; print(torch.__version__)")
+    echo "$(date -I): parts $parts, commit $(git log -1 --format=%h), torch $torch,$processor," \
+        "$cores cores: $((SECONDS / 60)) min" | tee -a $results/made.txt
+    exit
+fi
 
 # Answers are greedy: they are what the model holds most probable. Whether an answer refuses shows in
 # its first words, so that training sees about sixteen tokens of each.
@@ -55,42 +67,35 @@ judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some d
 best=2
 
 # 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.
-for part in ${PARTS:-choose 1 2 3}; do
-    group=seed$part seed=$part split=all deltas=$best
-    if [ "$part" = choose ]; then
-        group=choose seed=1 split=choose deltas="0 2 5 10"
-    elif [ "$part" = 1 ]; then
-        deltas="0 2 5 10 20"
-    fi
-    pairs=$data/$split/pairs
-    run sft/$group --data $data/$split/sft --seed $seed "${sft[@]}"
-    for delta in $deltas; do
-        method safedpo-delta$delta $pairs --delta $delta
-    done
-    if [ "$part" != choose ]; then
-        method dpo-helpful $pairs --pairs helpful
-        method noswap-delta$best $pairs --pairs noswap --delta $best
-    fi
-    if [ "$part" = 1 ]; then
-        run $group/base --data $pairs --epochs 0 --init_from "$MODEL"
-        method dpo-harmless $pairs --pairs harmless
-        method dpo-safebetter $pairs --pairs safebetter
-        for left_out in own pku; do  # what these rows are good for
-            mkdir -p $data/without-$left_out
-            cp $pairs/*.jsonl $data/without-$left_out
-            rm $data/without-$left_out/train-$left_out*.jsonl
-            method without-$left_out-delta$best $data/without-$left_out --delta $best
-        done
-    fi
-    mkdir -p $results/$group
-    judge xstest
-    judge everyday --data real/everyday.jsonl
-    judge pku --data $data/pku --max_length 256 --eval_prompts 1
-    logged "$group-ordinary" -m real.ordinary $data/ordinary.jsonl \
-        $results/$group/ordinary.json $out/$group/*
+group=seed$PART seed=$PART split=all deltas=$best
+if [ "$PART" = choose ]; then
+    group=choose seed=1 split=choose deltas="0 2 5 10"
+elif [ "$PART" = 1 ]; then
+    deltas="0 2 5 10 20"
+fi
+pairs=$data/$split/pairs
+run sft/$group --data $data/$split/sft --seed $seed "${sft[@]}"
+for delta in $deltas; do
+    method safedpo-delta$delta $pairs --delta $delta
 done
-
-processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)
-torch=$(python -c "import torch; print(torch.__version__)")
-echo "$(date -I): parts ${PARTS:-choose 1 2 3}, commit $(git log -1 --format=%h)," \
-    "torch $torch,$processor, $(nproc) cores: $((SECONDS / 60)) min" | tee -a $results/made.txt
+if [ "$PART" != choose ]; then
+    method dpo-helpful $pairs --pairs helpful
+    method noswap-delta$best $pairs --pairs noswap --delta $best
+fi
+if [ "$PART" = 1 ]; then
+    run $group/base --data $pairs --epochs 0 --init_from "$MODEL"
+    method dpo-harmless $pairs --pairs harmless
+    method dpo-safebetter $pairs --pairs safebetter
+    for left_out in own pku; do  # what these rows are good for
+        mkdir -p $data/without-$left_out
+        cp $pairs/*.jsonl $data/without-$left_out
+        rm $data/without-$left_out/train-$left_out*.jsonl
+        method without-$left_out-delta$best $data/without-$left_out --delta $best
+    done
+fi
+mkdir -p $results/$group
+judge xstest
+judge everyday --data real/everyday.jsonl
+judge pku --data $data/pku --max_length 256 --eval_prompts 1
+logged "$group-ordinary" -m real.ordinary $data/ordinary.jsonl \
+    $results/$group/ordinary.json $out/$group/*
