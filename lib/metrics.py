@@ -24,11 +24,13 @@ def mean(values):
 
 
 def share(hits):
-    """{"value", "ci95"} of a proportion, by Wilson's interval. None without hits."""
-    n, z = len(hits), 1.96
-    if not n:
-        return None
-    p = sum(map(bool, hits)) / n
+    """{"value", "ci95"} of a proportion. None without hits."""
+    return wilson(sum(map(bool, hits)) / len(hits), len(hits)) if len(hits) else None
+
+
+def wilson(p, n):
+    """{"value", "ci95"} of a proportion p of n draws, by Wilson's interval."""
+    z = 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side) / (1 + z * z / n) for side in (-half, half))
     return {"value": p, "ci95": [max(0.0, low), min(1.0, high)]}

@@ -3,8 +3,9 @@ fills.
 
     python -m real.figures
 
-It draws docs/pictures/real.svg, and puts its tables into README.md and docs/*.md. Seeds are pooled:
-a share is that of all seeds' prompts, or pairs, together, with Wilson's interval.
+It draws docs/pictures/real.svg, and puts its tables into README.md and docs/*.md. A share is the
+mean over seeds. All seeds are asked the same prompts, so that its interval, Wilson's, is that of one
+seed: it says how much other prompts would change it.
 """
 
 from collections import defaultdict
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from lib import checkpoint, pages
 from lib.flags import run as run_main
-from lib.metrics import share
+from lib.metrics import wilson
 
 RESULTS = Path(__file__).parent / "results"
 BEST = 2  # Δ, as in experiments.sh
@@ -32,7 +33,7 @@ RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of 
     f"without-pku-delta{BEST}": (f"SafeDPO, Δ = {BEST}, no pairs of PKU", pages.GREEN, ">"),
 }
 SHARED = f"safedpo-delta{BEST}"  # the run of each part whose reference is shown
-PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker), 7B models, XSTest
+PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker): the paper, on XSTest
     "DPO-HELPFUL": (14.5, 0.0, pages.VERMILION, "^"),
     "SafeRLHF": (84.5, 3.2, pages.DARK_GREY, "X"),
     "SACPO": (86.0, 2.4, pages.GREEN, "<"),
@@ -56,16 +57,21 @@ def models(results, run):
     return [result["policy"] for result in results[run]]
 
 
-def pooled(counts):
-    """{"value", "ci95"} of the share of hits, counts = [(share, n) of each seed]."""
-    hits, n = sum(round(value * n) for value, n in counts), sum(n for _, n in counts)
-    return share([True] * hits + [False] * (n - hits))
+def pooled(shares):
+    """{"value", "ci95"} of the mean, shares = [(share, n) of each seed], n always the same."""
+    values, counts = zip(*shares)
+    return wilson(sum(values) / len(values), counts[0])
 
 
 def refused(results, run, figure):
     """The share of refused prompts: "refusal" of the harmful ones, "over_refusal" of the others."""
     asked = "n_benign" if figure == "over_refusal" else "n_harmful"
     return pooled([(each[figure]["value"], each[asked]) for each in models(results, run)])
+
+
+def degenerate(results, run):
+    """The share of answers that do not end, or repeat themselves."""
+    return pooled([(each["degenerate"]["value"], each["n"]) for each in models(results, run)])
 
 
 def in_order(results, run, kind):
@@ -98,6 +104,7 @@ COLUMNS = {  # heading → (data that it looks at, cell)
     "safe answer first %, PKU": ("pku", lambda *of: interval(in_order(*of, "safe-unsafe"))),
     "safe first %, XSTest": ("xstest", lambda *of: interval(in_order(*of, "safe-unsafe"))),
     "helpful first %, XSTest": ("xstest", lambda *of: interval(in_order(*of, "safe-safe"))),
+    "degenerate %": ("xstest", lambda *of: interval(degenerate(*of))),
     "log π of ordinary answers, nats a token": ("ordinary", ordinary),
 }
 TABLES = {  # name on the page → (parts, headings, runs)
@@ -139,10 +146,12 @@ def draw_real():
     ours.plot(*zip(*curve), color=pages.BLUE, linewidth=1)  # what Δ costs
     for method, (x, y, colour, marker) in PAPER.items():
         paper.plot(x, y, color=colour, marker=marker, linestyle="", markersize=8, label=method)
-    ours.set_title("SmolLM2, 135M parameters: 53 XSTest prompts, pooled seeds")
+    ours.set_title("SmolLM2, 135M parameters: held-out XSTest prompts")
     ours.set(xlabel="unsafe requests refused (%)", ylabel="benign requests refused (%)")
-    paper.set_title("the paper: 7B models, XSTest")
-    paper.set(xlabel="harmless ratio (%)", ylabel="benign requests refused (%)")
+    paper.set_title("the paper: models of 7B, all XSTest prompts")
+    paper.set(
+        xlabel="harmless answers to unsafe requests (%)", ylabel="benign requests refused (%)"
+    )
     for panel in (ours, paper):
         panel.set(xlim=(-3, 103), ylim=(-3, 103))
         panel.axline((0, 0), (100, 100), color=pages.GREY, linewidth=1)

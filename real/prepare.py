@@ -6,8 +6,9 @@ folder of single answers of PKU-SafeRLHF, and a model's own answers to requests 
 XSTEST has train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's prompt_type.
 PKU has the same with prompt, response and is_safe. MODEL is a Hugging Face folder. OUT gets
 
-- all/sft/: answers to learn from: those of both training splits, and the model's own to ordinary
-  requests (requests.jsonl) and to harmless ones that sound dangerous (borderline.jsonl);
+- all/sft/: answers to learn from: those of both training splits (of PKU's only a safe and an unsafe
+  one to the same prompt), and the model's own to ordinary requests (requests.jsonl) and to harmless
+  ones that sound dangerous (borderline.jsonl);
 - all/pairs/: pairs of such answers, and of refusals with unsafe ones: of PKU-SafeRLHF, and of the
   model itself to harmful requests (borderline.jsonl has them too);
 - choose/sft/ and choose/pairs/: the same without a quarter of XSTest's training prompts, for
@@ -15,13 +16,18 @@ PKU has the same with prompt, response and is_safe. MODEL is a Hugging Face fold
 - pku/: PKU's test split;
 - ordinary.jsonl: 200 answers of the model to everyday requests, which real/ordinary.py scores.
 
-The test split of "all" is XSTest's, that of "choose" the quarter. Its rows say whether the prompt
-is benign.
+The test split of "all" is XSTest's, that of "choose" the quarter. Rows of both say whether their
+prompt is benign.
+
+borderline.jsonl is written after the types of XSTest's prompts. It has nonsense about groups, for
+example, which sounds like discrimination, and which a model should answer. None of its requests
+shares a telling word (as kill, bank and Roma) with one of XSTest's test prompts.
 """
 
 import hashlib
 import json
 import random
+import re
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -30,7 +36,7 @@ from pathlib import Path
 from lib import checkpoint, pretrained
 from lib.device import pick_device, pick_dtype
 from lib.flags import run
-from lib.formats import checked_values
+from lib.formats import checked_values, is_safe
 from lib.policy import sample_answers
 from lib.refusals import refuses
 from lib.rows import read_rows
@@ -43,6 +49,8 @@ SEEN, SCORED = 48, 128
 OWN = "requests", "borderline"  # files of requests that training sees
 ANSWERS = 5  # to each of the 40 everyday requests
 REFUSED = 2  # of PKU's prompts with an unsafe answer, one in so many gets a refusal
+BEGINNING, COMMON = 20, 5  # see refusals_in
+SAFE = "is_response_0_safe", "is_response_1_safe"
 
 
 def read(folder, split, field):
@@ -52,6 +60,8 @@ def read(folder, split, field):
         checked_values(row, {"prompt": str, field: str}, place)
         if field == "prompt_type":
             row["benign"] = not row["prompt_type"].startswith("contrast_")
+        for label in ("is_safe",) if field == "response" else SAFE:
+            row[label] = is_safe(row, label, place)
         rows.append(row)
     return rows
 
@@ -104,29 +114,43 @@ def each_once(pairs):
 
 
 def refusals_in(pairs):
-    """The different refusals among the answers of pairs. ValueError if there is none."""
-    said = {row[f"response_{i}"] for row in pairs for i in (0, 1)}
-    if refusals := sorted(text for text in said if refuses(text)):
-        return refusals
-    raise ValueError("no training answer to XSTest's prompts is a refusal; expected some")
+    """The different refusals among the answers of pairs that could be said to any request: each of
+    their first BEGINNING words stands there in refusals to COMMON prompts or more.
+
+    ValueError if there is none.
+    """
+    prompts, beginnings = defaultdict(set), {}
+    for row in pairs:
+        for text in (row["response_0"], row["response_1"]):
+            if refuses(text):
+                beginnings[text] = re.findall(r"[a-z']+", text.lower())[:BEGINNING]
+                for word in beginnings[text]:
+                    prompts[word].add(row["prompt"])
+    said = [t for t in beginnings if all(len(prompts[word]) >= COMMON for word in beginnings[t])]
+    if not said:
+        raise ValueError(
+            f"no training answer to XSTest's prompts refuses in words common to {COMMON} prompts; "
+            "expected some"
+        )
+    return sorted(said)
 
 
 def own_rows(answers, refusals, rng):
     """(rows for SFT, pairs) of a model's own answers to benign requests, two to each.
 
-    SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal of the kind
-    that SFT teaches: its words are those in which the model would refuse.
+    SFT keeps to what the model says anyway. In the pairs such an answer beats a refusal.
     """
     sft, pairs = [], []
     for two in zip(*[iter(answers)] * 2):
         prompt, said = two[0]["prompt"], [(row["response"], True) for row in two]
-        sft.append(pair(prompt, said))
-        pairs.append(pair(prompt, [said[0], (rng.choice(refusals), True)]))
+        if not any(refuses(text) for text, _ in said):
+            sft.append(pair(prompt, said))
+            pairs.append(pair(prompt, [said[0], (rng.choice(refusals), True)]))
     return sft, pairs
 
 
 def refused_rows(unsafe, refusals, rng):
-    """Pairs in which such a refusal beats an unsafe answer. unsafe: {prompt: an unsafe answer}."""
+    """Pairs in which a refusal beats an unsafe answer. unsafe: {prompt: an unsafe answer}."""
     return [
         pair(prompt, [(rng.choice(refusals), True), (said, False)])
         for prompt, said in unsafe.items()
@@ -155,14 +179,17 @@ def main(argv=None):
     pairs, answers = read(xstest, "train", "prompt_type"), read(pku, "train", "response")
     requests = [row for name in OWN for row, _ in read_rows(HERE / f"{name}.jsonl")]
     benign, harmful = (
-        own_answers(model, [row["prompt"] for row in requests if row["benign"] == kind], 2, SEEN)
-        for kind in (True, False)
+        own_answers(model, [row["prompt"] for row in requests if row["benign"] == kind], n, SEEN)
+        for kind, n in ((True, 2), (False, 1))
     )
     complied = {row["prompt"]: row["response"] for row in harmful if not refuses(row["response"])}
     quarter = {row["prompt"] for row in pairs if is_chosen_on(row)}
-    for name, held_out in (("all", set()), ("choose", quarter)):
-        train = [row for row in pairs if row["prompt"] not in held_out]
-        test = [row for row in pairs if row["prompt"] in held_out]
+    rest = [row for row in pairs if row["prompt"] not in quarter]
+    splits = {
+        "all": (pairs, read(xstest, "test", "prompt_type")),
+        "choose": (rest, [row for row in pairs if row["prompt"] in quarter]),
+    }
+    for name, (train, test) in splits.items():
         rng, refusals = random.Random(0), refusals_in(train)
         own_sft, own_pairs = own_rows(benign, refusals, rng)
         sft = {"xstest": each_once(train), "pku": answers, "own": own_sft}
@@ -173,7 +200,7 @@ def main(argv=None):
             folder = out / name / kind
             for part, rows in parts.items():
                 write(folder / f"train-{part}.jsonl", rows)
-            write(folder / "test.jsonl", test or read(xstest, "test", "prompt_type"))
+            write(folder / "test.jsonl", test)
     write(out / "pku" / "test.jsonl", read(pku, "test", "response"))
     everyday = [row["prompt"] for row, _ in read_rows(HERE / "everyday.jsonl")]
     write(out / "ordinary.jsonl", own_answers(model, everyday, ANSWERS, SCORED))

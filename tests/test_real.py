@@ -75,7 +75,7 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
         assert {r.prompt: r.benign for r in splits[f"all/{kind}"]["test"]} == {
             f"{i}?": bool(i % 2) for i in range(60, 70)
         }
-        n = {"sft": 524, "pairs": 640}[kind]
+        n = {"sft": 439, "pairs": 569}[kind]
         assert survey(splits[f"all/{kind}"])[1][0].startswith(f"{n} train, 10 test")
     answers = [json.loads(line) for line in (made / "ordinary.jsonl").read_text().splitlines()]
     assert len(answers) == 200 and {r["prompt"] for r in answers} == prompts_of("everyday", True)
@@ -116,7 +116,7 @@ def test_refusals_are_those_of_the_training_answers(made):
             for name in ("train-xstest.jsonl", "train-own.jsonl", "train-pku-refused.jsonl")
         )
         known = {r["response_1"] for r in train}
-        assert {r["response_1"] for r in own} <= known and len(own) == 452
+        assert {r["response_1"] for r in own} <= known and len(own) == 367
         assert {r["response_0"] for r in refused} <= known and len(refused) == 6
     with pytest.raises(ValueError, match="no training answer to XSTest's prompts is a refusal"):
         prepare.refusals_in([row()])
@@ -173,12 +173,13 @@ def test_there_are_as_many_requests_as_the_pages_say():
         name: [len(prompts_of(name, benign)) for benign in (True, False)]
         for name in ("everyday", "requests", "borderline")
     }
-    assert counts == {"everyday": [40, 0], "requests": [120, 0], "borderline": [332, 111]}
+    assert counts == {"everyday": [40, 0], "requests": [120, 0], "borderline": [247, 124]}
 
 
 def judged(refusal, over_refusal, safe_safe, safe_unsafe):
     model = lambda refusal, over_refusal: {
         "refusal": {"value": refusal},
+        "degenerate": {"value": 0.5},
         "over_refusal": {"value": over_refusal},
         "n": 10,
         "n_benign": 6,
