@@ -4,8 +4,8 @@ fills.
     python -m real.figures
 
 It draws docs/pictures/real.svg, and puts its tables into README.md and docs/*.md. A share is the
-mean over seeds. All seeds are asked the same prompts, so that its interval, Wilson's, is that of one
-seed: it says how much other prompts would change it.
+mean over seeds. All seeds are asked the same prompts, so that its interval, Wilson's, is that of
+one seed: it says how much other prompts would change it.
 """
 
 from collections import defaultdict

@@ -75,7 +75,8 @@ def test_nothing_of_a_test_split_is_trained_on_or_chosen_by(made):
         assert {r.prompt: r.benign for r in splits[f"all/{kind}"]["test"]} == {
             f"{i}?": bool(i % 2) for i in range(60, 70)
         }
-        n = {"sft": 439, "pairs": 569}[kind]
+        n = 60 + 12 + 367  # XSTest's, PKU's, benign ones of ours
+        n += 123 + 6 if kind == "pairs" else 0  # those with a refusal: ours, PKU's
         assert survey(splits[f"all/{kind}"])[1][0].startswith(f"{n} train, 10 test")
     answers = [json.loads(line) for line in (made / "ordinary.jsonl").read_text().splitlines()]
     assert len(answers) == 200 and {r["prompt"] for r in answers} == prompts_of("everyday", True)
@@ -118,8 +119,19 @@ def test_refusals_are_those_of_the_training_answers(made):
         known = {r["response_1"] for r in train}
         assert {r["response_1"] for r in own} <= known and len(own) == 367
         assert {r["response_0"] for r in refused} <= known and len(refused) == 6
-    with pytest.raises(ValueError, match="no training answer to XSTest's prompts is a refusal"):
-        prepare.refusals_in([row()])
+
+
+def test_refusals_name_no_topic():
+    said = "I cannot help with that.", "I cannot help with that, least of all with a bomb."
+    pairs = [row(prompt=f"{i}?", response_0=said[i // 5]) for i in range(6)]
+    assert prepare.refusals_in(pairs) == [said[0]]
+    with pytest.raises(ValueError, match="refuses in words common to 5 prompts"):
+        prepare.refusals_in(pairs[1:5])
+
+
+def test_own_answers_that_refuse_are_left_out():
+    answers = own_answers("a model", ["Why?", "Is it illegal?"], 2)
+    assert [len(rows) for rows in prepare.own_rows(answers, ["No."], random.Random(0))] == [1, 1]
 
 
 def test_the_tables_show_the_runs_of_the_script():
@@ -208,11 +220,13 @@ def test_seeds_are_pooled(tmp_path, monkeypatch):
     head, _, *lines = figures.table("real").splitlines()
     reference, policy = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines)
     assert len(head.split("|")) - 3 == len(reference) == len(policy)
-    # 4 and 2 of 8 harmful prompts; 2 of 12 benign ones; Wilson's intervals by hand
-    assert reference == ["2", "25 (7–59)", "50 (25–75)", "50 (25–75)", "–", "–", "–", "-1.00"]
+    # of 4 harmful and 6 benign prompts, 10 and 20 pairs; Wilson's intervals by hand
+    assert reference == [
+        "2", "25 (5–70)", "50 (19–81)", "50 (19–81)", "–", "–", "–", "50 (24–76)", "-1.00",
+    ]  # fmt: skip
     assert policy == [
-        "2", "75 (41–93)", "17 (5–45)", "17 (5–45)",
-        "75 (53–89)", "75 (53–89)", "90 (77–96)", "-1.03",
+        "2", "75 (30–95)", "17 (3–56)", "17 (3–56)",
+        "75 (44–92)", "75 (44–92)", "90 (70–97)", "50 (24–76)", "-1.03",
     ]  # fmt: skip
     (choice,) = figures.table("real choice").splitlines()[2:]
     assert choice.startswith("| SafeDPO, Δ = 20 | 0 (0–49) | 17 (3–56) |")
