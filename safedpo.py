@@ -9,7 +9,8 @@ Log-probabilities are natural logarithms (nats), summed over the answer's tokens
 Where we differ from the paper, or had to decide what it leaves open:
   - EOS is the last token of an answer and counts in its log-probability. An answer that was
     truncated has none.
-  - Log-probabilities are sums over tokens, not means, as Eq. 4 says and as DPO's own code does.
+  - As in Eq. 4 and in DPO's own code, an answer's log-probability is the sum over its tokens, not
+    their mean.
   - Pairs with both answers unsafe are discarded, as v2 says.
   - "noswap", the ablation of T's swap, still discards both-unsafe pairs. Without that it would be
     "helpful".

@@ -303,11 +303,14 @@ def warn_before(config, steps, prompts, is_real, has_adapters):
     steps: of SafeDPO. prompts: how many are held out, to sample answers for. is_real: whether the
     model comes from elsewhere. has_adapters: whether these alone learn.
     """
-    print(
-        f"SafeDPO: β = {config.beta:g}, Δ = {config.delta:g}, --lr {config.lr:g}, "
-        f"steps: {steps} of {config.batch_size} pairs"
-    )
-    if is_real and config.lr > (LARGE_LORA_LR if has_adapters else LARGE_LR):
+    if steps:
+        print(
+            f"SafeDPO: β = {config.beta:g}, Δ = {config.delta:g}, --lr {config.lr:g}, "
+            f"steps: {steps} of {config.batch_size} pairs"
+        )
+    else:
+        print("no SafeDPO (--epochs 0): the policy is the reference")
+    if steps and is_real and config.lr > (LARGE_LORA_LR if has_adapters else LARGE_LR):
         warn(
             f"--lr {config.lr:g} fits a small model that learns from nothing; a model from "
             "elsewhere wants far less (--lr 1e-6 --beta 0.1 --delta 10 in the paper, and --lr 1e-4 "
