@@ -273,8 +273,8 @@ def step_batches(pairs, step, batch_size, micro_batch_size, seed, ref=None, rank
 
 @functools.lru_cache(maxsize=2)
 def most_at_once(pairs, micro_batch_size):
-    """(tokens, slots) that a micro-batch may have: what the micro_batch_size largest pairs of the run
-    need. Slots are the places of attention's padded rows, counted once a pair."""
+    """(tokens, slots) that a micro-batch may have: what the micro_batch_size largest pairs of the
+    run need. Slots are the places of attention's padded rows, counted once a pair."""
     longest = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)
     tokens = np.sort(pairs.lengths.sum(1))[-micro_batch_size:].sum()
     return tokens, micro_batch_size * longest.max()

@@ -8,8 +8,9 @@
 # MODEL is SmolLM2-135M-Instruct as a Hugging Face folder. real/prepare.py says what the two data
 # folders hold. Folders are absolute, or relative to the project's folder. As many parts as there are
 # cores run at a time, with one thread each (CORES=1: one after the other). Each command is printed
-# before it runs; finished runs are kept, and a stopped one goes on. What real/figures.py needs is
-# written to real/results/ whenever a part is done.
+# before it runs; finished runs are kept, and a stopped one goes on, so that runs/real has to be
+# deleted when a setting or the data change. What real/figures.py needs is written to real/results/
+# whenever a part is done. It takes safetensors, and 2.5 GB of memory for each part at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${MODEL:?a Hugging Face folder}" "${XSTEST:?a folder of pairs}" "${PKU:?a folder of answers}"
@@ -20,7 +21,10 @@ if [ -z "${PART-}" ]; then  # this script runs itself for each part
     [ -f $data/ordinary.jsonl ] || python -m real.prepare "$MODEL" "$XSTEST" "$PKU" $data
     cores=${CORES:-$(nproc)} parts=${PARTS:-1 choose 2 3}
     printf "%s\n" $parts |
-        OMP_NUM_THREADS=1 xargs -P "$cores" -I {} env PART={} bash real/experiments.sh
+        OMP_NUM_THREADS=1 xargs -P "$cores" -I {} env PART={} bash real/experiments.sh || {
+        echo "real/experiments.sh: a part has failed, as said above; the same command goes on" >&2
+        exit 1
+    }
     processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)
     torch=$(python -c "import torch; print(torch.__version__)")
     echo "$(date -I): parts $parts, commit $(git log -1 --format=%h), torch $torch,$processor," \
@@ -62,8 +66,9 @@ judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some d
         "${@:2}"
 }
 
-# Δ. The part "choose" is there to find it, on a quarter of the training prompts; until that has been
-# run, this is a guess. BEST in real/figures.py is the same.
+# Δ. The part "choose", on a quarter of XSTest's training prompts, has found it: of those that refuse
+# at most 25 % of the benign prompts, it refuses most of the unsafe ones. For other data run that part
+# first. BEST in real/figures.py is the same.
 best=2
 
 # 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.
