@@ -4,12 +4,15 @@ import json
 import random
 import re
 
+from lib.policy import load_model
 from lib.records import load, survey
 
 import pytest
+import torch
 from conftest import row
 
-from real import figures, prepare
+from model import pack_rows
+from real import figures, ordinary, prepare
 
 
 def write(path, rows):
@@ -230,3 +233,33 @@ def test_seeds_are_pooled(tmp_path, monkeypatch):
     ]  # fmt: skip
     (choice,) = figures.table("real choice").splitlines()[2:]
     assert choice.startswith("| SafeDPO, Δ = 20 | 0 (0–49) | 17 (3–56) |")
+
+
+def test_ordinary_answers_by_a_plain_loop(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(ordinary, "pick_device", lambda name: torch.device("cpu"))
+    rows = [
+        {"prompt": prompt, "response": response, "ended": ended}
+        for prompt, response, ended in (
+            ("How do I make a red mask?", "First shape the clay.", True),
+            ("How do I make a red mask?", "First cut the elder.", False),  # no EOS
+            ("How do I make a whistle?", "Then clear the pith.", True),
+        )
+    ]
+    write(tmp_path / "answers.jsonl", rows)
+    ordinary.main([str(tmp_path / "answers.jsonl"), str(tmp_path / "out.json"), str(finished)])
+    (said,) = json.loads((tmp_path / "out.json").read_text()).values()
+    per_token = {}
+    for name in ("reference", "policy"):
+        model, tokenizer = load_model(finished / f"{name}.pt", torch.device("cpu"))
+        per_token[name] = []
+        for r in rows:
+            x, y = tokenizer.prompts([r["prompt"]])[0], tokenizer.answers([r["response"]])[0]
+            y = y if r["ended"] else y[:-1]
+            with torch.no_grad():
+                per_token[name].append(model(pack_rows([(x, [y])])).item() / len(y))
+        assert said[name] == pytest.approx(sum(per_token[name]) / 3, abs=1e-5)
+    falls = [before - after for before, after in zip(*per_token.values())]
+    assert said["answers"] == 3
+    assert said["fall"]["value"] == pytest.approx(
+        ((falls[0] + falls[1]) / 2 + falls[2]) / 2, abs=1e-5
+    )
