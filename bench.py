@@ -2,13 +2,13 @@
 PKU-SafeRLHF, or on your model and your pairs.
 
     python bench.py --dtype bfloat16          one epoch, and the pass under the reference before it
-    python bench.py --init_from Qwen2.5-1.5B-Instruct --data my_pairs --lora_rank 16
+    python bench.py --init_from Qwen/Qwen2.5-1.5B-Instruct --data my_pairs --lora_rank 16
                                               the same with your model, your pairs, and adapters
     python bench.py --vs trl                  in turns with TRL's DPOTrainer, on the same pairs
     python bench.py --sampling --vs transformers
                                               sampled answers, in turns with transformers' generate
     python bench.py --table                   how cost grows with pairs, lengths, vocabulary, layers
-    python bench.py --memory --init_from Qwen2.5-1.5B-Instruct --lora_rank 16
+    python bench.py --memory --init_from Qwen/Qwen2.5-1.5B-Instruct --lora_rank 16
                                               what a run would need of memory; nothing is trained
 
 Every measurement is a process of its own. The peers' settings are in lib/peers.py. "MFU" is model

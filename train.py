@@ -2,7 +2,7 @@
 
 python train.py --delta 5                                         the toy village, on a laptop
 python train.py --pairs helpful                                   a baseline
-python train.py --init_from Qwen2.5-1.5B-Instruct --data my_pairs --beta 0.1 --delta 10 --lr 1e-6
+python train.py --init_from Qwen/Qwen2.5-1.5B-Instruct --data my_pairs --lr 1e-6 --beta 0.1
                                                                   your model and your data
 python train.py --resume --out_dir runs/toy-safedpo-delta5        go on with a run
 """
