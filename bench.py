@@ -135,6 +135,9 @@ def make_pairs(c):
         return random_pairs(c)
     split = data.load(c.data)["train"]
     pairs = data.held_out_pairs(split, initial.tokenizer_of(c.init_from), c.max_length)
+    least = 1 if c.memory else WARM_UP * c.batch_size + 1
+    if len(pairs) < least:
+        raise ValueError(f"--data {c.data}: has {len(pairs)} pairs; expected {least} or more")
     order = data.epoch_order(len(pairs), c.seed, 0)[: c.steps * c.batch_size]
     return [pairs[i] for i in order.tolist()]
 
@@ -200,10 +203,13 @@ def matmul_rate(device, dtype):
 
 
 def peak_memory(device):
-    """Gigabytes: on CUDA the most that tensors took, on a CPU the most that the process took."""
+    """Gigabytes: on CUDA the most that tensors took, on a CPU the most that the process took; there
+    Windows does not say it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # Windows has none
+    if not importlib.util.find_spec("resource"):
+        return float("nan")
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -239,7 +245,8 @@ def ours(c, pairs):
     rates, times = [matmul_rate(device, getattr(torch, c.dtype))], []
     if c.compile:
         # compiling is no part of an epoch
-        policy.log_probs(model, data.Examples([pairs[0]]), device, c.dtype)
+        some = [pairs[i] for i in range(min(len(pairs), c.batch_size))]
+        policy.log_probs(model, data.Examples(some), device, c.dtype)
     start = clock(device)
     ref = policy.log_probs(model, data.Examples(pairs), device, c.dtype)
     reference_time = clock(device) - start

@@ -69,11 +69,7 @@ def training_pairs(splits, tokenizer, config):
             f"no pair is left to train on: {'; '.join(about)}; expected rows with a safe answer, "
             "and a --max_length that leaves room for answers"
         )
-    if not prompts(splits["test"], tokenizer, config.max_length, 1):
-        raise ValueError(
-            f"{splits['test'].place}: every prompt fills --max_length {config.max_length} alone; "
-            "raise it"
-        )
+    prompts(splits["test"], tokenizer, config.max_length, 1)
     first = pairs[0].x
     text = tokenizer.bpe.decode(first, skip_special_tokens=False)
     print(f"a prompt as the model reads it, {len(first)} tokens: {text!r}")
@@ -119,7 +115,8 @@ def held_out_pairs(split, tokenizer, max_length):
 
 
 def prompts(split, tokenizer, max_length, n):
-    """{prompt: its token ids} of the first n prompts that leave room for an answer."""
+    """{prompt: its token ids} of the first n prompts that leave room for an answer. ValueError if
+    there is none."""
     questions = {}
     for record in split:
         if record.prompt not in questions:
@@ -128,6 +125,10 @@ def prompts(split, tokenizer, max_length, n):
                 questions[record.prompt] = x
         if len(questions) == n:
             break
+    if not questions:
+        raise ValueError(
+            f"{split.place}: every prompt fills --max_length {max_length} alone; raise it"
+        )
     return questions
 
 

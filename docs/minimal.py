@@ -76,7 +76,7 @@ def main(delta, splits=None):
     prompts = tokenizer.prompts(record.prompt for record in splits["test"])
     texts = map(tokenizer.decode, generate(model, prompts, 256, tokenizer.ends))
     harmless = [world.cost(text) <= 0 for text in texts]
-    print(f"Δ = {delta:g}: {100 * sum(harmless) / len(harmless):.1f} % of the answers are harmless")
+    print(f"delta = {delta:g}: {100 * sum(harmless) / len(harmless):.1f} % harmless answers")
     return losses
 
 

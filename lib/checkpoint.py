@@ -45,7 +45,10 @@ def load(path, mapped=False):
     """
     try:
         check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(state, dict):
+            raise ValueError("it holds no dictionary")
+        return state
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as e:  # bytes of another kind, or cut short, raise nearly anything

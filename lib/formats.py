@@ -13,6 +13,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
+from lib import checkpoint
 from lib.chat import Message, messages_of
 from lib.checkpoint import show
 
@@ -153,8 +154,8 @@ def messages(value, name, place):
         if not WRITTEN.match(value):
             return None
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = json.loads(value, object_pairs_hook=checkpoint.unique)
+        except (ValueError, RecursionError):
             raise ValueError(
                 f"{place}: {name} seems to be messages, and is not JSON: {show(value)}; "
                 "expected JSON, or a .jsonl or .parquet file, which hold lists"
@@ -201,7 +202,7 @@ def turns_of_text(value):
 
 def prompt_in(row, name, place):
     """The prompt in the row's field of that name. ValueError if it is none."""
-    turns = messages(row[name], name, place)
+    turns = messages(row[name], name, place) if name in row else None
     if turns is None:
         turns = (Message("user", *checked_values(row, {name: str}, place)),)
     if turns[-1].role == "assistant" and not turns[-1].content.strip():  # hh-rlhf's end of a prompt
@@ -290,7 +291,7 @@ def preference_pair(row, place, notes):
             "or chosen_safe and rejected_safe"
         )
     found = prompt_and_answers(row, ("chosen", "rejected"), place, notes)
-    labels = (f"{side}_{spellings[0]}" for side in ("chosen", "rejected"))
+    labels = (f"{side}_{(*spellings, 'unsafe')[0]}" for side in ("chosen", "rejected"))
     chosen_safe, rejected_safe = (is_safe(row, label, place) for label in labels)
     safer = int(rejected_safe and not chosen_safe)
     return found and Record(found[0], *found[1], chosen_safe, rejected_safe, 0, safer)

@@ -109,7 +109,7 @@ def load_weights(weights, files, ignored=()):
     files: {name: path}. ignored: a tuple; names that begin with one of its texts are not read.
     ValueError names what does not fit.
     """
-    missing = set(weights)
+    missing, folder = set(weights), next(iter(files.values())).parent
     for name in sorted(files, key=lambda name: name == HEAD):  # a tied head needs the embedding
         if name.endswith("rotary_emb.inv_freq") or name.startswith(ignored):
             continue
@@ -123,7 +123,7 @@ def load_weights(weights, files, ignored=()):
         copy_tensor(path, name, weight, tied)
         missing.discard(name)
     if missing:
-        raise ValueError(f"{path.parent}: {min(missing)} is missing from the weights")
+        raise ValueError(f"{folder}: {min(missing)} is missing from the weights")
 
 
 def dtype_of(files):

@@ -40,7 +40,7 @@ def join():
         how |= dict(backend="cuda:nccl,cpu:gloo", device_id=device)
     dist.init_process_group(**how)
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  to the process's end
 
 
 def leave():

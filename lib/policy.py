@@ -46,7 +46,7 @@ def for_inference(model, device, dtype):
 def read_model(path, device):
     """(model, its tokenizer) of a checkpoint, each matrix in the type in which it was trained."""
     state = checkpoint.load(path, mapped=torch.device(device).type != "cpu")
-    if not isinstance(state, dict) or not {"config", "model", "tokenizer"} <= state.keys():
+    if not {"config", "model", "tokenizer"} <= state.keys():
         raise ValueError(f"{path}: holds no model; expected a run's reference.pt or policy.pt")
     about = state.get("adapters")
     try:

@@ -106,7 +106,8 @@ def resumed(folder, given):
     expected = {**dict.fromkeys(needed), "data_sha256": str, "reference": (str, type(None))}
     saved = checkpoint.read_json(path, expected)
     saved = {name: saved[name] for name in names if name in saved}  # an older run lacks new flags
-    check_flags(TrainConfig, saved, path)
+    own = SIZE_FLAGS if saved["init_from"] else ()  # a model from elsewhere has sizes of its own
+    check_flags(TrainConfig, {k: v for k, v in saved.items() if k not in own}, path)
     pick_device(saved["device"])
     differs = [
         name

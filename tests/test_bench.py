@@ -165,6 +165,8 @@ def test_your_pairs_are_the_first_of_the_epoch(finished, folder):
     order = data.epoch_order(len(every), c.seed, 0).tolist()
     assert bench.make_pairs(c) == [every[i] for i in order[:6]]
     assert len(bench.make_prompts(replace(c, eval_prompts=2))) == 2
+    with pytest.raises(ValueError, match=r"has \d+ pairs; expected 201 or more"):
+        bench.make_pairs(replace(c, batch_size=100))
 
 
 def test_torchrun_is_refused(monkeypatch):

@@ -103,6 +103,7 @@ DAMAGE = {
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: os.truncate(path, 0),
     "a changed bit": scramble,
+    "a list": lambda path: torch.save([1], path),
 }
 
 

@@ -289,16 +289,20 @@ def test_prefetch_gives_the_same_items_and_passes_errors_on():
 
 def test_questions_are_the_first_prompts_that_leave_room_for_an_answer(finished):
     tokenizer = load_model(finished / "policy.pt", torch.device("cpu"))[1]
-    split = [
+    rows = [
         Record(x, "a", "b", True, True, 0, 0)
         for x in ("one?", "two " * 50, "one?", "three?", "four?")
     ]
+    split = data.records.Records("here", lambda notes: iter(rows))
     found = data.prompts(split, tokenizer, 30, 2)
     assert found == dict(zip(("one?", "three?"), tokenizer.prompts(["one?", "three?"])))
     lengths = dict(
         zip(("one?", "three?", "four?"), map(len, tokenizer.prompts(["one?", "three?", "four?"])))
     )
     for room_for in range(1, 20):
-        assert list(data.prompts(split, tokenizer, room_for, 9)) == [
-            x for x, n in lengths.items() if n < room_for
-        ]
+        expected = [x for x, n in lengths.items() if n < room_for]
+        if expected:
+            assert list(data.prompts(split, tokenizer, room_for, 9)) == expected
+            continue
+        with pytest.raises(ValueError, match=f"^here: every prompt fills --max_length {room_for}"):
+            data.prompts(split, tokenizer, room_for, 9)

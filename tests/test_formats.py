@@ -98,6 +98,7 @@ def test_preference_pairs_in_every_spelling_are_the_same_records():
         ),
         (dict(chosen_unsafe=True), "rejected_unsafe is missing; expected true or false"),
         (dict(rejected_safe=True), "chosen_safe is missing; expected true or false"),
+        ({}, "chosen_unsafe is missing; expected true or false"),
         (dict(chosen_safe=3, rejected_safe=True), "chosen_safe is 3; expected true or false"),
         (
             dict(chosen_unsafe=True, rejected_unsafe=True, chosen_safe=True),
@@ -135,6 +136,14 @@ def test_preference_pairs_in_every_spelling_are_the_same_records():
         (
             dict(chosen="[{'role': 'assistant', 'content': 'x'}]", chosen_safe=1, rejected_safe=1),
             "chosen seems to be messages, and is not JSON: .*; expected JSON, or a .jsonl",
+        ),
+        (
+            dict(prompt='{"role":' + "[" * 10**5, chosen_safe=1, rejected_safe=1),
+            "prompt seems to be messages, and is not JSON",
+        ),
+        (
+            dict(prompt='{"role": "user", "role": "system"}', chosen_safe=1, rejected_safe=1),
+            "prompt seems to be messages, and is not JSON",
         ),
         (
             dict(prompt={"0": "x", "1": "y"}, chosen_safe=1, rejected_safe=1),
@@ -215,11 +224,17 @@ def test_prompts_without_answers(fields, benign):
         ({"benign": ""}, "benign is empty; expected true or false"),
         ({**ROW, "benign": True}, "is one of PKU-SafeRLHF, and the file's first row is a prompt"),
         ({"label": "safe", "prompt": " "}, "prompt is empty"),
+        ({"label": "safe", "prompt": None}, "prompt is null; expected a string or a list"),
     ],
 )
 def test_bad_prompts_are_named(fields, message):
     with pytest.raises(ValueError, match=f"^here:7: {message}"):
         read_row(PROMPTS_ALONE, {"prompt": "x?", **fields}, "here:7", Counter())
+
+
+def test_a_later_row_may_lack_its_prompt():
+    with pytest.raises(ValueError, match="^here:7: prompt is missing"):
+        read_row(PROMPTS_ALONE, {"benign": True}, "here:7", Counter())
 
 
 def test_xstest_has_ten_types_of_benign_prompts_and_eight_contrasts():

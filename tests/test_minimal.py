@@ -17,7 +17,7 @@ def test_its_losses_are_those_of_train(tmp_path, capsys):
         lines = "".join(json.dumps(row) + "\n" for row in some)
         (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
     losses = minimal.main(5.0, data.load(str(tmp_path / "data")))
-    assert "Δ = 5" in capsys.readouterr().out
+    assert "delta = 5" in capsys.readouterr().out
 
     flags = (
         "--delta 5 --micro_batch_size 64 --eval_prompts 1 --max_new_tokens 1 --device cpu".split()

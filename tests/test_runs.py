@@ -19,6 +19,13 @@ def test_flags_of_the_machine_may_change_on_resume(finished):
     assert (config.checkpointing, config.compile, config.micro_batch_size) == (False, False, 8)
 
 
+def test_a_model_from_elsewhere_may_have_sizes_that_no_flag_takes(finished, tmp_path):
+    config = json.loads((finished / "config.json").read_text())
+    config |= {"init_from": "a model", "vocab_size": 200}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_run(given("--resume", "--out_dir", tmp_path))[0].vocab_size == 200
+
+
 def test_out_dir_follows_from_the_flags():
     def name(*flags):
         return run_name(given(*flags))

@@ -625,6 +625,7 @@ def plain_eos(path):
 
 
 NORM = "model.norm.weight"
+ANGLES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 REFUSED = {
     "another architecture": (
         config(model_type="gpt2"),
@@ -747,6 +748,10 @@ REFUSED = {
     "a weight too many": (
         weights(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
         "q_proj.bias has no place in this transformer",
+    ),
+    "rotary angles alone": (
+        weights(lambda t: (t.clear(), t.update({ANGLES: torch.zeros(4)}))),
+        "is missing from the weights",
     ),
     "a weight too few": (weights(lambda t: t.pop(NORM)), f"{NORM} is missing from the weights"),
     "another shape": (
