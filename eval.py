@@ -27,6 +27,7 @@ from lib.refusals import refuses
 from lib.settings import EVAL_FLAGS, JUDGES, MODELS, EvalConfig
 
 import torch
+from torch.distributed import is_torchelastic_launched
 
 import data
 from village import limit, world
@@ -154,7 +155,7 @@ def figures_of(rows, name, ended, lengths, kl):
 def answer_prompt(folder, prompt, given):
     """[{"reference", "policy": text}, …]: some answers of each to one prompt. One, where sampling
     always takes the most probable token."""
-    settings = settings_of(runs.finished_run(folder), given)
+    settings = runs.settings_of(runs.finished_run(folder), given)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     answers = [{} for _ in range(SHOWN_ANSWERS if settings.temperature else 1)]
@@ -173,11 +174,6 @@ def one_run(config):
     if len(config.runs) > 1:
         raise ValueError(f"{len(config.runs)} folders given; expected one folder of a run")
     return config.runs[0]
-
-
-def settings_of(flags, given):
-    """The settings of an evaluation: those given, else those of the run with these flags."""
-    return EvalConfig(**{name: flags[name] for name in EVAL_FLAGS} | given)
 
 
 def export_policy(config):
@@ -212,7 +208,7 @@ def evaluate_all(config, given):
                 "the village has exact annotators; --reward_model, --cost_model and --scores "
                 "are for other data"
             )
-        settings = settings_of(flags, given)
+        settings = runs.settings_of(flags, given)
         results[folder] = evaluate(folder, settings, source=config.data, split=config.split)
     if not results:
         raise ValueError("none of the folders holds a finished run")
@@ -223,10 +219,12 @@ def evaluate_all(config, given):
 
 def main(argv=None):
     given = parse(EvalConfig, argv, __doc__)
+    if is_torchelastic_launched():
+        raise ValueError("torchrun starts this once a process; expected python eval.py …")
     config = EvalConfig(**given)
     if config.chat:
         folder = one_run(config)
-        return converse(folder, settings_of(runs.finished_run(folder), given))
+        return converse(folder, runs.settings_of(runs.finished_run(folder), given))
     if config.prompt:
         for folder in config.runs:
             answers = answer_prompt(folder, config.prompt, given)

@@ -21,6 +21,7 @@ from lib.settings import (
     NEW_FLAGS,
     REFERENCE_FLAGS,
     SIZE_FLAGS,
+    EvalConfig,
     Settings,
     TrainConfig,
 )
@@ -265,6 +266,15 @@ def finished_run(folder):
     config = checkpoint.read_json(path, {**expected, **dict.fromkeys(EVAL_FLAGS, number)})
     check_flags(Settings, config, path)
     return config
+
+
+def settings_of(flags, given):
+    """The settings of an evaluation: those given, else those of the run with these flags. The type
+    of its numbers is the run's on the same kind of device; elsewhere there may be a better one."""
+    own = {name: flags[name] for name in EVAL_FLAGS}
+    if flags["device"].split(":")[0] == pick_device(given.get("device", "auto")).type:
+        own["dtype"] = flags["dtype"]
+    return EvalConfig(**own | given)
 
 
 def result_files(folder, settings):

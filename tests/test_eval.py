@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 
+from lib import runs
 from lib.formats import Record
 from lib.policy import load_model
 from lib.records import Records
@@ -13,14 +14,35 @@ from lib.settings import EVAL_FLAGS, Settings
 
 import pytest
 import torch
+from conftest import TINY, complaint
 
 import eval as script
+import train
 from eval import evaluate
 from safedpo import response_logps
 from village import limit
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(device="cpu", eval_prompts=8, max_new_tokens=12)
+
+
+def test_the_type_of_numbers_is_the_runs_on_the_same_kind_of_device(finished):
+    flags = runs.finished_run(finished) | {"dtype": "bfloat16"}
+    assert runs.settings_of(flags, {"device": "cpu"}).dtype == "bfloat16"
+    assert runs.settings_of(flags, {"device": "cpu", "dtype": "float32"}).dtype == "float32"
+    assert runs.settings_of(flags | {"device": "cuda:1"}, {"device": "cpu"}).dtype == "auto"
+
+
+def test_a_run_is_not_judged_again_in_the_same_numbers(folder, tmp_path, monkeypatch):
+    flags = [*TINY, "--data", str(folder), "--dtype", "bfloat16", "--out_dir", str(tmp_path / "a")]
+    train.main(flags)
+    monkeypatch.setattr(script, "sample_answers", None)  # would be an error
+    script.main([str(tmp_path / "a")])
+
+
+def test_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(script, "is_torchelastic_launched", lambda: True)
+    assert "torchrun starts this once a process" in complaint(script.main, ["x"], capsys)
 
 
 def test_a_finished_run_is_judged_without_an_annotator(finished):
