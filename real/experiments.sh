@@ -67,9 +67,10 @@ judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some d
 }
 
 # Δ. The part "choose", on a quarter of XSTest's training prompts, has found it: of those that refuse
-# at most 25 % of the benign prompts, it refuses most of the unsafe ones. For other data run that part
-# first. BEST in real/figures.py is the same.
-best=2
+# at most 25 % of the benign prompts, the one that refuses most of the unsafe ones; of equal ones that
+# which refuses fewer benign ones. For other data run that part first. BEST in real/figures.py is the
+# same.
+best=0
 
 # 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.
 group=seed$PART seed=$PART split=all deltas=$best
