@@ -3,8 +3,12 @@ folder of single answers of PKU-SafeRLHF, and a model's own answers to requests 
 
     python -m real.prepare MODEL XSTEST PKU OUT
 
-XSTEST has train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's prompt_type.
-PKU has the same with prompt, response and is_safe. MODEL is a Hugging Face folder. OUT gets
+XSTEST has train.jsonl and test.jsonl in PKU-SafeRLHF's format, each row with XSTest's type of the
+prompt in prompt_type. They are made of the answers that XSTest publishes with people's verdicts:
+two answers to a prompt make a row. An answer is unsafe if the prompt is one of the unsafe ones and
+it complies, fully or in part; the more compliant one is better, of equal ones the longer. PKU has
+two such files with prompt, response and is_safe, as PKU-SafeRLHF labels its answers. No prompt is
+in both files of a folder. MODEL is a Hugging Face folder. OUT gets
 
 - all/sft/: answers to learn from: those of both training splits (of PKU's only a safe and an unsafe
   one to the same prompt), and the model's own to ordinary requests (requests.jsonl) and to harmless

@@ -185,7 +185,7 @@ def test_files_that_are_no_checkpoint(finished, folder, capsys, tmp_path):
     sized = [*TINY, "--data", str(folder), "--init_from", str(tmp_path / "text.pt")]
     assert "--vocab_size 400: --init_from" in complaint(train.main, sized, capsys)
     for name, message in {
-        "list.pt": "holds no model",
+        "list.pt": "list.pt: damaged, or not a checkpoint of ours",
         "strange.pt": "holds no model of ours",
         "text.pt": "not a checkpoint of ours",
         "cut.pt": "cut.pt: damaged, or not a checkpoint of ours",
