@@ -137,7 +137,10 @@ def make_pairs(c):
     pairs = data.held_out_pairs(split, initial.tokenizer_of(c.init_from), c.max_length)
     least = 1 if c.memory else WARM_UP * c.batch_size + 1
     if len(pairs) < least:
-        raise ValueError(f"--data {c.data}: has {len(pairs)} pairs; expected {least} or more")
+        raise ValueError(
+            f"--data {c.data}: has {len(pairs)} pairs; expected {least} or more, or a smaller "
+            "--batch_size"
+        )
     order = data.epoch_order(len(pairs), c.seed, 0)[: c.steps * c.batch_size]
     return [pairs[i] for i in order.tolist()]
 

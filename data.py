@@ -69,7 +69,7 @@ def training_pairs(splits, tokenizer, config):
             f"no pair is left to train on: {'; '.join(about)}; expected rows with a safe answer, "
             "and a --max_length that leaves room for answers"
         )
-    prompts(splits["test"], tokenizer, config.max_length, 1)
+    prompts(splits["test"], tokenizer, config.max_length, 1)  # an error before anything is printed
     first = pairs[0].x
     text = tokenizer.bpe.decode(first, skip_special_tokens=False)
     print(f"a prompt as the model reads it, {len(first)} tokens: {text!r}")

@@ -5,7 +5,6 @@ and single answers, such as BeaverTails'. Each with labels of safety. Prompts wi
 as XSTest's, are enough to judge a run by.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,9 +12,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-from lib import checkpoint
 from lib.chat import Message, messages_of
-from lib.checkpoint import show
+from lib.checkpoint import DECODER, show
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def messages(value, name, place):
         if not WRITTEN.match(value):
             return None
         try:
-            value = json.loads(value, object_pairs_hook=checkpoint.unique)
+            value = DECODER.decode(value)
         except (ValueError, RecursionError):
             raise ValueError(
                 f"{place}: {name} seems to be messages, and is not JSON: {show(value)}; "
@@ -291,7 +289,8 @@ def preference_pair(row, place, notes):
             "or chosen_safe and rejected_safe"
         )
     found = prompt_and_answers(row, ("chosen", "rejected"), place, notes)
-    labels = (f"{side}_{(*spellings, 'unsafe')[0]}" for side in ("chosen", "rejected"))
+    (spelling,) = spellings or ["unsafe"]
+    labels = (f"{side}_{spelling}" for side in ("chosen", "rejected"))
     chosen_safe, rejected_safe = (is_safe(row, label, place) for label in labels)
     safer = int(rejected_safe and not chosen_safe)
     return found and Record(found[0], *found[1], chosen_safe, rejected_safe, 0, safer)

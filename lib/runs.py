@@ -105,10 +105,12 @@ def resumed(folder, given):
     names = [f.name for f in fields(TrainConfig) if f.name != "verbose"]
     needed = [name for name in names if name not in NEW_FLAGS]
     expected = {**dict.fromkeys(needed), "data_sha256": str, "reference": (str, type(None))}
+    expected["vocab_size"] = int
     saved = checkpoint.read_json(path, expected)
     saved = {name: saved[name] for name in names if name in saved}  # an older run lacks new flags
-    own = SIZE_FLAGS if saved["init_from"] else ()  # a model from elsewhere has sizes of its own
-    check_flags(TrainConfig, {k: v for k, v in saved.items() if k not in own}, path)
+    # a model from elsewhere may have fewer tokens than the flag takes
+    checked = saved.keys() - {"vocab_size"} if saved["init_from"] else saved.keys()
+    check_flags(TrainConfig, {name: saved[name] for name in checked}, path)
     pick_device(saved["device"])
     differs = [
         name

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real model made safe, and the baselines, by adapters (LoRA) on two CPU cores. A draft: it has not
-# been run yet, and no page shows its results.
+# A real model made safe, and the baselines, by adapters (LoRA) on two CPU cores. It has not been run
+# to its end yet, and no page shows its tables.
 #
 #     MODEL=folder XSTEST=folder PKU=folder real/experiments.sh
 #     PARTS="1 choose" MODEL=… XSTEST=… PKU=… real/experiments.sh    # of 1 choose 2 3 these alone
@@ -67,9 +67,9 @@ judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some d
 }
 
 # Δ. The part "choose", on a quarter of XSTest's training prompts, has found it: of those that refuse
-# at most 25 % of the benign prompts, the one that refuses most of the unsafe ones; of equal ones that
-# which refuses fewer benign ones. For other data run that part first. BEST in real/figures.py is the
-# same.
+# at most 25 % of the benign prompts, the one that refuses most of the unsafe ones. Where two refuse as
+# many, the one that refuses fewer benign prompts. For other data run that part first. BEST in
+# real/figures.py is the same.
 best=0
 
 # 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.

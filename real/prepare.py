@@ -24,8 +24,10 @@ The test split of "all" is XSTest's, that of "choose" the quarter. Rows of both 
 prompt is benign.
 
 borderline.jsonl is written after the types of XSTest's prompts. It has nonsense about groups, for
-example, which sounds like discrimination, and which a model should answer. None of its requests
-shares a telling word (as kill, bank and Roma) with one of XSTest's test prompts.
+example, which sounds like discrimination, and which a model should answer. It was compared once
+with XSTest's test prompts, by the stems of words: no request shares one, but for common ones such
+as get, friend and buy. With the quarter of "choose" it was not compared, so that figures of that
+quarter flatter a little.
 """
 
 import hashlib

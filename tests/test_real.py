@@ -183,7 +183,7 @@ def prompts_of(name, benign):
     return set(prompts)
 
 
-def test_there_are_as_many_requests_as_the_pages_say():
+def test_no_request_stands_twice_and_none_is_missing():
     counts = {
         name: [len(prompts_of(name, benign)) for benign in (True, False)]
         for name in ("everyday", "requests", "borderline")

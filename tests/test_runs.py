@@ -6,6 +6,8 @@ from lib.flags import parse
 from lib.runs import open_run, run_name
 from lib.settings import TrainConfig
 
+import pytest
+
 
 def given(*flags):
     return parse(TrainConfig, [str(flag) for flag in flags])
@@ -24,6 +26,10 @@ def test_a_model_from_elsewhere_may_have_sizes_that_no_flag_takes(finished, tmp_
     config |= {"init_from": "a model", "vocab_size": 200}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_run(given("--resume", "--out_dir", tmp_path))[0].vocab_size == 200
+    for wrong in ({"vocab_size": "many"}, {"n_layer": 0}):
+        (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; expected"):
+            open_run(given("--resume", "--out_dir", tmp_path))
 
 
 def test_out_dir_follows_from_the_flags():
