@@ -4,6 +4,7 @@ than CI does.
 Each run is a process of its own, forked from one that has imported torch: a kill costs no start.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -141,8 +142,10 @@ def test_killed_at_random_moments(alone, folder, tmp_path, request):
     expected, seconds = alone
     random.seed(5)
     left, moments = request.config.getoption("--kills"), Counter()
-    while left:
-        out = tmp_path / str(left) / "run"  # alone in its folder: there is no reference to reuse
+    for attempt in itertools.count():  # a run that ends before it is killed counts for nothing
+        if not left:
+            break
+        out = tmp_path / str(attempt) / "run"  # alone there: no reference can be reused
         out.parent.mkdir()
         for _ in range(min(left, 5)):
             process = start(folder, out)
