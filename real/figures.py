@@ -30,7 +30,7 @@ RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of 
     "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
     "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
     f"without-own-delta{BEST}": (f"SafeDPO, Δ = {BEST}, no answers of its own", pages.GREEN, "<"),
-    f"without-pku-delta{BEST}": (f"SafeDPO, Δ = {BEST}, no pairs of PKU", pages.GREEN, ">"),
+    f"whole-delta{BEST}": (f"SafeDPO, Δ = {BEST}, all weights", pages.GREEN, ">"),
 }
 SHARED = f"safedpo-delta{BEST}"  # the run of each part whose reference is shown
 PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker): the paper, on XSTest

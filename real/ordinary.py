@@ -9,6 +9,7 @@ mean of the answers' means; "fall": {"value", "ci95"} of their difference; "answ
 The interval is over prompts, since the answers to one are alike.
 """
 
+import hashlib
 import json
 import sys
 from itertools import groupby
@@ -41,9 +42,15 @@ def main(argv=None):
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     rows = [row for row, _ in read_rows(Path(answers))]
-    figures = {}
+    figures, known = {}, {}  # known: runs that begin with the same reference share its scores
     for folder in folders:
-        each = {m: per_token(Path(folder) / f"{m}.pt", rows, device, dtype) for m in MODELS}
+        each = {}
+        for name in MODELS:
+            model = Path(folder) / f"{name}.pt"
+            digest = hashlib.sha256(model.read_bytes()).digest()
+            if digest not in known:
+                known[digest] = per_token(model, rows, device, dtype)
+            each[name] = known[digest]
         falls = [before - after for before, after in zip(*each.values())]
         of_prompt = groupby(zip(rows, falls), key=lambda pair: pair[0]["prompt"])
         fall = mean([mean([fall for _, fall in some])["value"] for _, some in of_prompt])

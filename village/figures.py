@@ -111,7 +111,7 @@ QUALITY = ("harmless %", "helpfulness", "over-refusal %", "degenerate %")
 RESULT = (*QUALITY, "KL")
 DISTANCE = ("KL to the optimum", "on benign requests", "on harmful requests")
 TABLES = {  # name on the page → (file in village/results, headings, runs)
-    "glance": ("village", QUALITY, COMPARED),
+    "glance": ("village", QUALITY, ("reference", "optimum", "dpo-helpful", "safedpo-delta5")),
     "methods": (
         "village",
         RESULT,

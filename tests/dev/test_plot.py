@@ -7,7 +7,10 @@ from lib.report import draw_curves, plot
 
 import pytest
 
+from real import figures as of_real_model
 from village import figures
+
+PICTURES = figures.PICTURES | of_real_model.PICTURES
 
 
 def figure(value):
@@ -37,9 +40,9 @@ def test_plot_leaves_out_runs_that_nobody_judged(tmp_path, capsys):
         plot({"other": other}, tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("name", figures.PICTURES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures_show_every_series(name, tmp_path):
-    picture = figures.PICTURES[name]()
+    picture = PICTURES[name]()
     picture.savefig(tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").stat().st_size > 10_000
     assert (pages.PICTURES_FOLDER / f"{name}.svg").exists()
@@ -49,7 +52,7 @@ def test_pictures_show_every_series(name, tmp_path):
         assert all(len(line.get_xdata()) == len(line.get_ydata()) for line in lines)
 
 
-@pytest.mark.parametrize("name", figures.PICTURES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_every_picture_is_on_a_page(name):
     picture = pages.PICTURES_FOLDER / f"{name}.svg"
     links = [(page, picture.relative_to(page.parent).as_posix()) for page in pages.pages()]
