@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real model made safe, and the baselines, by adapters (LoRA) on two CPU cores, in about four hours.
+# A real model made safe, and the baselines, by adapters (LoRA) on two CPU cores, in about four
+# hours.
 #
 #     MODEL=folder XSTEST=folder PKU=folder real/experiments.sh
 #     PARTS="1 choose" MODEL=… XSTEST=… PKU=… real/experiments.sh    # of 1 choose 2 3 these alone

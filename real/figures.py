@@ -108,7 +108,11 @@ COLUMNS = {  # heading → (data that it looks at, cell)
     "log π of ordinary answers, nats a token": ("ordinary", ordinary),
 }
 TABLES = {  # name on the page → (parts, headings, runs)
-    "real glance": ("seed*", list(COLUMNS)[1:4], ("base", "reference", "dpo-helpful", SHARED)),
+    "real glance": (
+        "seed*",
+        ["refuses unsafe %", "over-refusal %", "degenerate %"],
+        ("base", "reference", "dpo-helpful", SHARED),
+    ),
     "real": ("seed*", list(COLUMNS), tuple(RUNS)),
     "real choice": ("choose", list(COLUMNS)[1:], tuple(RUNS)),
 }

@@ -261,3 +261,17 @@ def test_ordinary_answers_by_a_plain_loop(finished, tmp_path, monkeypatch):
     assert said["fall"]["value"] == pytest.approx(
         ((falls[0] + falls[1]) / 2 + falls[2]) / 2, abs=1e-5
     )
+
+
+def test_a_shared_reference_is_scored_once(tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(ordinary, "per_token", lambda path, *_: scored.append(path.name) or [-1.0])
+    for run, policy in (("a", b"one"), ("b", b"other")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "reference.pt").write_bytes(b"shared")
+        (tmp_path / run / "policy.pt").write_bytes(policy)
+    write(tmp_path / "answers.jsonl", [{"prompt": "x?", "response": "y", "ended": True}])
+    folders = [str(tmp_path / run) for run in "ab"]
+    ordinary.main([str(tmp_path / "answers.jsonl"), str(tmp_path / "out.json"), *folders])
+    assert scored == ["reference.pt", "policy.pt", "policy.pt"]
+    assert list(json.loads((tmp_path / "out.json").read_text())) == folders
