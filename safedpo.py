@@ -49,19 +49,25 @@ def transform(pair):
     return None
 
 
-def safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
-    """Eq. 12, unreduced: −log σ( β·(logp_w − ref_w) − β·(logp_l − ref_l) − (h_l − h_w)·Δ ).
+def logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
+    """z of Eq. 12: β·(logp_w − ref_w) − β·(logp_l − ref_l) − (h_l − h_w)·Δ, (B,).
 
     logp_*, ref_*: (B,) float, log-probabilities of whole answers under the policy and under π_ref,
     in nats, summed over the answer's tokens, EOS included. h_*: (B,) 0/1 of any type, 1 = unsafe.
-    beta > 0; delta ≥ 0 stands outside β, so that it asks for delta/beta nats. Returns (B,).
+    beta > 0; delta ≥ 0 stands outside β, so that it asks for delta/beta nats.
 
-    After T, h_l − h_w is 1 on safe-over-unsafe pairs and 0 on the rest. With delta = 0 this is DPO
-    (Eq. 4) on the pairs given.
+    After T, h_l − h_w is 1 on safe-over-unsafe pairs and 0 on the rest.
     """
-    logits = beta * ((logp_w - ref_w) - (logp_l - ref_l))
-    margin = (h_l.to(logits.dtype) - h_w.to(logits.dtype)) * delta
-    return -F.logsigmoid(logits - margin)
+    h = (logp_w - ref_w) - (logp_l - ref_l)
+    return beta * h - (h_l.to(h.dtype) - h_w.to(h.dtype)) * delta
+
+
+def safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
+    """Eq. 12, unreduced: −log σ(z), (B,), of the logits z above.
+
+    With delta = 0 this is DPO (Eq. 4) on the pairs given. lib/losses.py has other functions of z.
+    """
+    return -F.logsigmoid(logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta))
 
 
 # --------------------------------------------------------------------------------------------------

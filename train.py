@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import replace
 
-from lib import checkpoint, initial, memory, parallel, policy, records, report, runs
+from lib import checkpoint, initial, losses, memory, parallel, policy, records, report, runs
 from lib.device import autocast, prepare
 from lib.flags import parse, run
 from lib.metrics import preference_metrics
@@ -35,14 +35,15 @@ def sft_loss(logps, batch):
     return -logps.sum() / batch.step_tokens, logps.new_zeros(0, len(batch.h_w))
 
 
-def preference_loss(beta, delta):
-    """Eq. 12, mean over the step's pairs; and what preference_metrics are made of, (6, B)."""
+def preference_loss(beta, delta, g=losses.logistic, anchor=0.0):
+    """g of Eq. 12's logits, plus anchor times −log π(y_w|x), mean over the step's pairs; and what
+    preference_metrics are made of, (6, B)."""
 
     def loss(logps, batch):
         logp_w, logp_l = logps.view(-1, 2).T
         columns = logp_w, logp_l, batch.ref_w, batch.ref_l, batch.h_w, batch.h_l
-        losses = safedpo.safedpo_loss(*columns, beta, delta)
-        return losses.sum() / batch.step_pairs, torch.stack(columns).detach()
+        of_pairs = g(safedpo.logits(*columns, beta, delta)) - anchor * logp_w
+        return of_pairs.sum() / batch.step_pairs, torch.stack(columns).detach()
 
     return loss
 
@@ -185,7 +186,8 @@ def train(config, folder, lock):
         policy.save_model(folder / "reference.pt", model, tokenizer)
     if not done.has_policy:  # SafeDPO: the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder) if steps else None
-        loss = preference_loss(config.beta, config.delta)
+        g = losses.choose(config.loss, config.epsilon)
+        loss = preference_loss(config.beta, config.delta, g, config.anchor)
         fit("safedpo", model, pairs, ref, loss, config, folder, watch)
         policy.save_model(folder / "policy.pt", model, tokenizer)
     del model  # evaluation may need its memory

@@ -107,7 +107,7 @@ def resumed(folder, given):
     expected = {**dict.fromkeys(needed), "data_sha256": str, "reference": (str, type(None))}
     expected["vocab_size"] = int
     saved = checkpoint.read_json(path, expected)
-    saved = {name: saved[name] for name in names if name in saved}  # an older run lacks new flags
+    saved = {name: saved.get(name, getattr(TrainConfig, name)) for name in names}
     # a model from elsewhere may have fewer tokens than the flag takes
     checked = saved.keys() - {"vocab_size"} if saved["init_from"] else saved.keys()
     check_flags(TrainConfig, {name: saved[name] for name in checked}, path)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from lib.chat import TEMPLATES
 from lib.flags import flag
+from lib.losses import LOSSES
 
 from safedpo import PAIR_CHOICES
 
@@ -74,6 +75,15 @@ class TrainConfig(Settings):
         "Δ of the loss: asks for Δ/β nats; left out: 5 with safedpo, noswap; 0 with others",
         kind=float,
         least=0,
+    )
+    loss: str = flag(
+        "logistic", "the g of SafeDAA: what a pair's logit costs", choices=tuple(LOSSES)
+    )
+    epsilon: float = flag(
+        0.1, "share of pairs that --loss robust takes for the wrong way round", least=0, most=0.49
+    )
+    anchor: float = flag(
+        0.0, "adds this times the winner's −log π, in nats, to a pair's loss", least=0
     )
     label_noise: float = flag(
         0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1
@@ -252,11 +262,11 @@ def usual_alpha(rank):
 # a checkpoint brings its own
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
 # a run that an earlier version began does not know them
-NEW_FLAGS = ("sample_every", "log")
+NEW_FLAGS = ("sample_every", "log", "loss", "epsilon", "anchor")
 # may change on --resume: the gradients are the same
 FREE_FLAGS = (
     "resume", "out_dir", "verbose", "fsdp", "checkpointing", "compile", "micro_batch_size",
-    *NEW_FLAGS,
+    "sample_every", "log",
 )  # fmt: skip
 # what a reference trained by SFT depends on, beside the data
 REFERENCE_FLAGS = (

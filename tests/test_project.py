@@ -23,6 +23,7 @@ import model
 import train
 from village import figures, theory
 
+ROOMS = ("lib", "village", "real", "conformance", "docs")
 SCRIPTS = {"train", "eval", "bench"}
 # Arrows point down this list; a file may import what stands below it.
 MAY_IMPORT = {
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "data": {"lib", "model", "safedpo", "village.world"},
     "village": {"lib", "model", "safedpo", "village"},
     "real": {"lib", "model", "safedpo", "real"},
+    "conformance": {"safedpo", "conformance"},
     "lib": {"lib", "model", "safedpo"},
     "model": set(),
     "safedpo": set(),
@@ -53,7 +55,7 @@ PACKAGES = {  # what a file may import that is neither ours nor Python's own
 USUAL = {"torch", "numpy", "tokenizers", "tqdm"}
 FILES = {
     str(path.relative_to(ROOT)): path
-    for folder in (".", "lib", "village", "real", "docs")
+    for folder in (".", *ROOMS)
     for path in sorted((ROOT / folder).glob("*.py"))
 }
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in pages.pages()}
@@ -78,7 +80,7 @@ def imported(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module in ("lib", "village", "docs"):
+        elif isinstance(node, ast.ImportFrom) and node.module in ROOMS:
             yield from (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module

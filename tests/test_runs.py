@@ -57,6 +57,17 @@ def test_out_dir_follows_from_the_flags():
     assert max(len(n.encode()) for n in long) <= 120, "a file system's limit is 255 bytes"
 
 
+def test_a_run_from_before_losses_goes_on_with_the_logistic_one(finished, tmp_path):
+    saved = json.loads((finished / "config.json").read_text())
+    del saved["loss"], saved["epsilon"], saved["anchor"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config, _ = open_run(given("--resume", "--out_dir", tmp_path))
+    assert (config.loss, config.anchor) == ("logistic", 0.0)
+    for flags in (("--loss", "hinge"), ("--anchor", "1")):
+        with pytest.raises(ValueError, match="contradicts the run"):
+            open_run(given("--resume", "--out_dir", tmp_path, *flags))
+
+
 def test_a_run_from_before_verbose_goes_on_and_verbose_does_not_stay(finished, tmp_path):
     saved = json.loads((finished / "config.json").read_text())
     for value in ({}, {"verbose": True}):

@@ -4,6 +4,7 @@ and weights."""
 import math
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from lib import peers
 from lib.device import autocast
@@ -17,6 +18,7 @@ from test_peers import EOS, both, copy_weights
 import bench
 import data
 import train
+from conformance import run
 from safedpo import Pair
 
 CPU, BETA, STEPS = torch.device("cpu"), 0.5, 5
@@ -118,3 +120,44 @@ def test_the_pages_block_trains_with_delta(folder, tmp_path, monkeypatch):
     assert set(margins) == {0.0, 10.0}
     expected = sum(math.log1p(math.exp(margin)) for margin in margins) / len(margins)
     assert names["trainer"].state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+class Says(torch.nn.Module):
+    """A model whose answers have one token, and the log-probabilities that it is given."""
+
+    def __init__(self, logp_w, logp_l):
+        super().__init__()
+        self.logps = torch.nn.Parameter(torch.tensor([*logp_w, *logp_l]))
+
+    def forward(self, input_ids, **_):
+        nothing = torch.zeros(len(input_ids), 1)  # what TRL logs beside the loss
+        others = dict.fromkeys(("entropy", "mean_logits", "is_top1"), nothing)
+        return SimpleNamespace(log_probs=self.logps[:, None], **others)
+
+
+def through_trl(trainer, logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
+    """[(TRL's loss, its derivatives)] of each pair, with Δ in the reference as on the page."""
+    trainer.beta, found = beta, []
+    for w, l, rw, rl, hw, hl in zip(logp_w, logp_l, ref_w, ref_l, h_w, h_l):
+        model = Says([w], [l])
+        inputs = {
+            "input_ids": torch.tensor([[0, 1], [0, 2]]),
+            "attention_mask": torch.ones(2, 2, dtype=torch.long),
+            "completion_mask": torch.tensor([[0, 1], [0, 1]]),
+            "ref_chosen_logps": torch.tensor([rw + (hl - hw) * delta / beta]),
+            "ref_rejected_logps": torch.tensor([rl]),
+        }
+        loss = trainer._compute_loss(model, inputs, False)
+        (slope,) = torch.autograd.grad(loss, model.logps)
+        found.append((loss.item(), *slope.tolist()))
+    return found
+
+
+def test_trl_passes_the_vectors():
+    trainer = peers.trl_trainer(both()[1], token_pairs(), Sizes(), beta=BETA, **ADAMW)
+    trainer.model.eval()
+    functions = {
+        "loss": lambda **given: [each[0] for each in through_trl(trainer, **given)],
+        "gradient": lambda **given: list(map(list, zip(*through_trl(trainer, **given))))[1:],
+    }
+    assert run.failures(functions) == []

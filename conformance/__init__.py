@@ -1,0 +1,1 @@
+"""Test vectors for any implementation of SafeDPO (docs/conformance.md)."""
