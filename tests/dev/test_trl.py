@@ -131,7 +131,7 @@ class Says(torch.nn.Module):
 
     def forward(self, input_ids, **_):
         nothing = torch.zeros(len(input_ids), 1)  # what TRL logs beside the loss
-        others = dict.fromkeys(("entropy", "mean_logits", "is_top1"), nothing)
+        others = {"entropy": nothing, "mean_logits": nothing, "is_top1": nothing.bool()}
         return SimpleNamespace(log_probs=self.logps[:, None], **others)
 
 
