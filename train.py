@@ -35,17 +35,33 @@ def sft_loss(logps, batch):
     return -logps.sum() / batch.step_tokens, logps.new_zeros(0, len(batch.h_w))
 
 
-def preference_loss(beta, delta, g=losses.logistic, anchor=0.0):
-    """g of Eq. 12's logits, plus anchor times −log π(y_w|x), mean over the step's pairs; and what
-    preference_metrics are made of, (6, B)."""
+def over_pairs(loss_of_pairs):
+    """The mean of loss_of_pairs, (B,), over the step's pairs; and what preference_metrics are made
+    of, (6, B)."""
 
     def loss(logps, batch):
         logp_w, logp_l = logps.view(-1, 2).T
         columns = logp_w, logp_l, batch.ref_w, batch.ref_l, batch.h_w, batch.h_l
-        of_pairs = g(safedpo.logits(*columns, beta, delta)) - anchor * logp_w
+        of_pairs = loss_of_pairs(*columns, batch.pairs)
         return of_pairs.sum() / batch.step_pairs, torch.stack(columns).detach()
 
     return loss
+
+
+def preference_loss(beta, delta, g=losses.logistic, anchor=0.0):
+    """g of Eq. 12's logits, by default Eq. 12 itself, plus anchor times −log π(y_w|x)."""
+
+    def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, _):
+        z = safedpo.logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta)
+        return g(z) - anchor * logp_w
+
+    return over_pairs(of_pairs)
+
+
+def chosen_loss(config, *_):
+    """The preference loss that the flags ask for."""
+    g = losses.choose(config.loss, config.epsilon)
+    return preference_loss(config.beta, config.delta, g, config.anchor)
 
 
 def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, precision):
@@ -147,15 +163,18 @@ def step_batches(pairs, ref, steps, config):
 # The recipe
 
 
-def main(argv=None):
+def main(argv=None, loss=chosen_loss):
     parallel.join()
     config, folder = runs.open_run(parse(TrainConfig, argv, __doc__))
     with runs.claim(folder, config.resume) as lock:
-        train(config, folder, lock)
+        train(config, folder, lock, loss)
 
 
-def train(config, folder, lock):
-    """The whole run. Whatever can be refused is refused before runs.begin writes the first file."""
+def train(config, folder, lock, loss):
+    """The whole run. Whatever can be refused is refused before runs.begin writes the first file.
+
+    loss(config, pairs, tokenizer, reference) makes SafeDPO's loss of a step.
+    """
     start, device = time.time(), torch.device(config.device)
     splits = data.load(config.data)
     digest, findings = records.survey(splits)
@@ -186,9 +205,8 @@ def train(config, folder, lock):
         policy.save_model(folder / "reference.pt", model, tokenizer)
     if not done.has_policy:  # SafeDPO: the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder) if steps else None
-        g = losses.choose(config.loss, config.epsilon)
-        loss = preference_loss(config.beta, config.delta, g, config.anchor)
-        fit("safedpo", model, pairs, ref, loss, config, folder, watch)
+        of_step = loss(config, pairs, tokenizer, model)
+        fit("safedpo", model, pairs, ref, of_step, config, folder, watch)
         policy.save_model(folder / "policy.pt", model, tokenizer)
     del model  # evaluation may need its memory
     runs.end(folder)
