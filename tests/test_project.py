@@ -21,7 +21,7 @@ import bench
 import eval as eval_script
 import model
 import train
-from village import figures, theory
+from village import endpoints, figures, theory
 
 ROOMS = ("lib", "village", "real", "conformance", "docs")
 SCRIPTS = {"train", "eval", "bench"}
@@ -72,6 +72,7 @@ FLAGS = {  # as a command calls it → its flags
     "eval.py": EvalConfig,
     "bench.py": bench.Config,
     "village.theory": theory.Config,
+    "village.endpoints": endpoints.Config,
     "village.figures": figures.Config,
 }
 
@@ -114,7 +115,9 @@ def test_there_is_no_circle():
         needs = {name: needed for name, needed in needs.items() if name not in ready}
 
 
-@pytest.mark.parametrize("module", ["train", "bench", "docs.minimal", "village.theory"])
+@pytest.mark.parametrize(
+    "module", ["train", "bench", "docs.minimal", "village.theory", "village.endpoints"]
+)
 def test_how_threads_wait_is_said_before_torch_is_imported(module):
     program = (
         f"import sys, os, {module}; modules = list(sys.modules); "
@@ -181,7 +184,7 @@ def test_every_flag_is_explained_and_on_a_page(name, capsys):
         assert f"--{f.name}" in TEXT or f.name == "runs", f.name
 
 
-@pytest.mark.parametrize("script", [train, eval_script, bench, theory, figures])
+@pytest.mark.parametrize("script", [train, eval_script, bench, theory, endpoints, figures])
 def test_help_says_what_a_command_is_for(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])

@@ -39,13 +39,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import checkpoint
+from lib import checkpoint, losses
 from lib.flags import flag, parse, run
 
 import torch
 
 from model import ModelConfig, Transformer, pack_rows
-from safedpo import Pair, optimal_policy, safedpo_loss, transform
+from safedpo import Pair, logits, optimal_policy, transform
 
 TOKENS, LENGTH, HAZARD = 6, 2, 0
 ANSWERS = list(itertools.product(range(TOKENS), repeat=LENGTH))  # all of them: K = 36
@@ -149,16 +149,16 @@ def after_T(mass, unsafe):
     return result
 
 
-def expected_loss(logp, mass, world, beta, delta):
-    """Σ mass · Eq. 12 over all pairs. logp: (X, K), log π of the policy.
+def expected_loss(logp, mass, world, beta, delta, g=losses.logistic):
+    """Σ mass · g(z) over all pairs, z the logits of Eq. 12. logp: (X, K), log π of the policy.
 
-    With delta = 0 it is Eq. 10 or Eq. 11, according to the mass.
+    With the logistic g it is Eq. 12; with delta = 0 too, Eq. 10 or Eq. 11, according to the mass.
     """
     given = (logp, world.ref.log(), world.unsafe)
     by_side = ((of_winner(values), of_loser(values)) for values in given)
     (logp_w, logp_l), (ref_w, ref_l), (h_w, h_l) = by_side
-    loss = safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta)
-    return (mass * loss).sum()
+    z = logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta)
+    return (mass * g(z)).sum()
 
 
 def gradient(logp, mass, world, beta, delta):
@@ -224,8 +224,9 @@ def drawn_steps(steps):
     return {round(steps ** (i / 60)) for i in range(61)}
 
 
-def descend(world, beta, delta, steps, optimizer, logps):
-    """Minimise the exact Eq. 12. logps() gives log π, (X, K), of the policy the optimizer changes.
+def descend(world, beta, delta, steps, optimizer, logps, g=losses.logistic):
+    """Minimise the exact Eq. 12, or its like with another g. logps() gives log π, (X, K), of the
+    policy the optimizer changes.
 
     Returns {"step", "unsafe", "distance": lists}: the probability of unsafe answers and the total
     variation to Eq. 9, means over prompts.
@@ -235,7 +236,7 @@ def descend(world, beta, delta, steps, optimizer, logps):
     drawn, curve = drawn_steps(steps), {"step": [], "unsafe": [], "distance": []}
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        expected_loss(logps(), mass, world, beta, delta).backward()
+        expected_loss(logps(), mass, world, beta, delta, g).backward()
         optimizer.step()
         if step in drawn:
             with torch.no_grad():
@@ -246,14 +247,14 @@ def descend(world, beta, delta, steps, optimizer, logps):
     return curve
 
 
-def tabular(world, beta, delta, steps, lr):
+def tabular(world, beta, delta, steps, lr, g=losses.logistic):
     """descend with one weight an answer: π = softmax(log π_ref + θ), and θ ← θ − lr·gradient."""
     theta = torch.zeros_like(world.ref, requires_grad=True)
 
     def logps():
         return (world.ref.log() + theta).log_softmax(-1)
 
-    return descend(world, beta, delta, steps, torch.optim.SGD([theta], lr), logps)
+    return descend(world, beta, delta, steps, torch.optim.SGD([theta], lr), logps, g)
 
 
 def closed_form(t, ref_unsafe, beta, delta):
@@ -304,8 +305,8 @@ def report_penalty(world, beta):
 
 def report_equality(world, beta):
     print("\n4.3: Eq. 10 − Eq. 11, largest over 10 random policies   value     gradient")
-    logits = [2 * torch.randn(world.ref.shape, dtype=torch.float64) for _ in range(10)]
-    policies = [values.log_softmax(-1) for values in logits]
+    random = [2 * torch.randn(world.ref.shape, dtype=torch.float64) for _ in range(10)]
+    policies = [values.log_softmax(-1) for values in random]
     differences = {}
     for C in (1, 5, 20, math.inf):
         differences[str(C)] = equality(world, beta, C, policies)
