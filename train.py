@@ -59,9 +59,10 @@ def preference_loss(beta, delta, g=losses.logistic, anchor=0.0):
 
 
 def chosen_loss(config, *_):
-    """The preference loss that the flags ask for."""
+    """The preference loss that the flags ask for, as a function of the share of the steps done: the
+    anchor falls linearly to 0, because with a constant one another policy than Eq. 9 is best."""
     g = losses.choose(config.loss, config.epsilon)
-    return preference_loss(config.beta, config.delta, g, config.anchor)
+    return lambda done: preference_loss(config.beta, config.delta, g, config.anchor * (1 - done))
 
 
 def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, precision):
@@ -119,11 +120,12 @@ def make_optimizer(model, weight_decay, beta2):
 # The loop
 
 
-def fit(stage_name, model, pairs, ref, loss_function, config, folder, watch):
+def fit(stage_name, model, pairs, ref, loss_at, config, folder, watch):
     """Train the model in place: the recipe of both stages, "sft" and "safedpo".
 
-    pairs: token pairs. ref: (n, 2) log-probs of their answers under π_ref, or None. watch: shows
-    the user what happens.
+    pairs: token pairs. ref: (n, 2) log-probs of their answers under π_ref, or None. loss_at: the
+    share of the steps done → the loss function of the next step. watch: shows the user what
+    happens.
     """
     device = torch.device(config.device)
     precision = autocast(device, config.dtype)
@@ -141,7 +143,13 @@ def fit(stage_name, model, pairs, ref, loss_function, config, folder, watch):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss, norm, columns = train_step(
-                model, optimizer, scaler, batches, loss_function, config.grad_clip, precision
+                model,
+                optimizer,
+                scaler,
+                batches,
+                loss_at(step / steps),
+                config.grad_clip,
+                precision,
             )
             metrics = {"epoch": (step + 1) / per_epoch, "loss": loss}
             if len(columns):
@@ -173,7 +181,7 @@ def main(argv=None, loss=chosen_loss):
 def train(config, folder, lock, loss):
     """The whole run. Whatever can be refused is refused before runs.begin writes the first file.
 
-    loss(config, pairs, tokenizer, reference) makes SafeDPO's loss of a step.
+    loss(config, pairs, tokenizer, reference) makes the second stage's loss_at.
     """
     start, device = time.time(), torch.device(config.device)
     splits = data.load(config.data)
@@ -200,13 +208,13 @@ def train(config, folder, lock, loss):
     if not is_reference:  # SFT
         answers = data.sft_pairs(splits["train"], tokenizer, config)
         sft = dict(epochs=config.sft_epochs, batch_size=config.sft_batch_size, lr=config.sft_lr)
-        fit("sft", model, answers, None, sft_loss, replace(config, **sft), folder, watch)
+        fit("sft", model, answers, None, lambda _: sft_loss, replace(config, **sft), folder, watch)
     if not done.has_reference:
         policy.save_model(folder / "reference.pt", model, tokenizer)
     if not done.has_policy:  # SafeDPO: the reference goes on as the policy
         ref = reference_logps(model, pairs, config, folder) if steps else None
-        of_step = loss(config, pairs, tokenizer, model)
-        fit("safedpo", model, pairs, ref, of_step, config, folder, watch)
+        loss_at = loss(config, pairs, tokenizer, model)
+        fit("safedpo", model, pairs, ref, loss_at, config, folder, watch)
         policy.save_model(folder / "policy.pt", model, tokenizer)
     del model  # evaluation may need its memory
     runs.end(folder)

@@ -83,7 +83,9 @@ class TrainConfig(Settings):
         0.1, "share of pairs that --loss robust takes for the wrong way round", least=0, most=0.49
     )
     anchor: float = flag(
-        0.0, "adds this times the winner's −log π, in nats, to a pair's loss", least=0
+        0.0,
+        "adds this times the winner's −log π, in nats, to a pair's loss; it falls linearly to 0",
+        least=0,
     )
     label_noise: float = flag(
         0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1

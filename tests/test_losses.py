@@ -1,12 +1,16 @@
 """SafeDAA's functions g and the anchor: numbers worked by hand, slopes in closed form."""
 
+import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 from lib import losses
+from lib.settings import TrainConfig
 
 import pytest
 import torch
+from conftest import TINY
 from test_train import make, optimizer_of, reference, step, token_pairs
 
 import safedpo
@@ -98,11 +102,39 @@ def test_the_anchor_adds_the_winners_negative_log_likelihood_in_nats():
     assert results[1] - results[0] == pytest.approx(-0.3 * ref[:, 0].mean().item(), rel=1e-5)
 
 
+def test_the_anchor_falls_linearly_to_zero():
+    """What a run adds for the winner, by the share of its steps that is done."""
+    model, pairs = make(), token_pairs()
+    ref, config = reference(model, pairs), TrainConfig(delta=5.0, beta=0.1, anchor=0.4)
+    without = chosen(replace(config, anchor=0.0), 0.0, pairs, ref)
+    for done, alpha in ((0.0, 0.4), (0.25, 0.3), (0.75, 0.1)):
+        added = chosen(config, done, pairs, ref) - without
+        assert added == pytest.approx(-alpha * ref[:, 0].mean().item(), rel=1e-4)
+
+
+def chosen(config, done, pairs, ref):
+    model = make()
+    loss = train.chosen_loss(config)(done)
+    return step(model, optimizer_of(model), pairs, ref, loss=loss)[0]
+
+
+def test_a_run_takes_the_anchor_of_each_step(folder, tmp_path):
+    """At the last step it is 1/steps of the first: a model that hardly moves shows it."""
+    argv = [*TINY, "--data", str(folder), "--lr", "1e-12", "--batch_size", "96", "--epochs", "4"]
+    train.main([*argv, "--delta", "0", "--anchor", "0.4", "--out_dir", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == "safedpo"]
+    assert len(rows) == 4
+    for i, row in enumerate(rows):
+        expected = math.log(2) - 0.4 * (1 - i / 4) * row["logps/chosen"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_anchors_gradient_is_minus_alpha_on_the_winner_alone():
     """∂/∂log π_w = −β·σ(−z) − α, ∂/∂log π_l = β·σ(−z), here at z = βh = 0.5·(2 − 4)."""
     logps = torch.tensor([-3.0, -1.0], requires_grad=True)
     batch = SimpleNamespace(
-        ref_w=torch.tensor([-5.0]), ref_l=torch.tensor([-5.0]), step_pairs=1,
+        ref_w=torch.tensor([-5.0]), ref_l=torch.tensor([-5.0]), step_pairs=1, pairs=[0],
         h_w=torch.tensor([0]), h_l=torch.tensor([0]),
     )  # fmt: skip
     value, _ = train.preference_loss(0.5, 5.0, anchor=0.25)(logps, batch)

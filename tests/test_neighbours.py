@@ -103,6 +103,16 @@ def test_b_dpo_by_hand():
     )
 
 
+def test_stable_po_by_hand():
+    """β = 0.1, weight 0.3: what Eq. 12 costs, plus 12 and 6 nats for winners at −40 and −20."""
+    first, second = (-0.1 / (1 + math.exp(z)) for z in (0.7, -3.15))
+    check(
+        lambda r_w, r_l: neighbours.stable_po(r_w, r_l, MARGIN, r_w + LOGP[0] - R_W, 0.1, 0.3),
+        [softplus(-0.7) + 12, softplus(3.15) + 6],
+        [[first - 0.3, second - 0.3], [-first, -second]],
+    )
+
+
 def test_see_dpo_by_hand():
     """β = 0.1, γ = 0.02: z = 0.7 + 0.02·15, and −0.15 − 3 + 0.02·10. The slope is β + γ's."""
     r_w = t(0.0, 0.0).requires_grad_()
@@ -172,7 +182,7 @@ def first_loss(folder):
 
 
 @pytest.mark.parametrize(
-    "method", ["bfpo", "bfpo-tau0.2", "modpo", "dpop", "cal-dpo", "see-dpo", "b-dpo"]
+    "method", ["bfpo", "bfpo-tau0.2", "modpo", "dpop", "cal-dpo", "stable-po", "see-dpo", "b-dpo"]
 )
 def test_a_short_run_of_each_loss(method, folder, finished, tmp_path):
     """The first loss is the formula's at r = 0, of the step's own pairs."""

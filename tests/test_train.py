@@ -372,7 +372,7 @@ def test_flags_reach_the_stages_they_name(rows, folder, tmp_path, monkeypatch):
         torch.tensor([1]),
     )
     batch = data.Batch(None, figures[3], figures[4], figures[1], figures[2], [0], 1, 2)
-    assert safedpo[4](figures[0], batch)[0].item() == pytest.approx(
+    assert safedpo[4](0.5)(figures[0], batch)[0].item() == pytest.approx(
         math.log1p(math.exp(4 - 3 * (-3.0 + 3.5)))
     )
 

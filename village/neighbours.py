@@ -92,6 +92,15 @@ def b_dpo(r_w, r_l, margin, mi_w, mi_l, beta):
     return -F.logsigmoid(beta * (2 * mi_l / both * r_w - 2 * mi_w / both * r_l) - margin)
 
 
+def stable_po(r_w, r_l, margin, logp_w, beta, weight):
+    """−log σ(β(r_w − r_l) − margin) − weight·log π_w: Stable Preference Optimization (2507.07723).
+
+    Its inner problem, SFT, as a penalty [inferred]; also RPO's loss. train.py's --anchor is the
+    same with a weight that falls to 0.
+    """
+    return -F.logsigmoid(beta * (r_w - r_l) - margin) - weight * logp_w
+
+
 def see_dpo(r_w, r_l, margin, logp_w, logp_l, beta, gamma):
     """−log σ(β(r_w − r_l) + γ(log π_w − log π_l) − margin): DPO with an entropy bonus γ·H(π).
 
@@ -161,7 +170,7 @@ def on_helpful_pairs(loss):
         def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, _):
             return loss(logp_w - ref_w, logp_l - ref_l, h_w, h_l, config.beta)
 
-        return train.over_pairs(of_pairs)
+        return lambda _: train.over_pairs(of_pairs)
 
     return lambda argv: train.main(["--pairs", "helpful", *argv], make)
 
@@ -175,7 +184,7 @@ def on_pairs_of_T(loss):
             of = logp_w - ref_w, logp_l - ref_l, margin
             return loss(*of, logp=(logp_w, logp_l), beta=config.beta)
 
-        return train.over_pairs(of_pairs)
+        return lambda _: train.over_pairs(of_pairs)
 
     return lambda argv: train.main(argv, make)
 
@@ -191,7 +200,7 @@ def with_costs(argv, weight=0.5):
             m_w, m_l = m[numbers].T
             return modpo(logp_w - ref_w, logp_l - ref_l, m_w, m_l, config.beta, weight)
 
-        return train.over_pairs(of_pairs)
+        return lambda _: train.over_pairs(of_pairs)
 
     train.main(["--pairs", "helpful", *argv], make)
 
@@ -210,7 +219,7 @@ def with_information(argv):
             mi_w, mi_l = (torch.stack((ref_w, ref_l), 1) - without[numbers]).T
             return b_dpo(logp_w - ref_w, logp_l - ref_l, margin, mi_w, mi_l, config.beta)
 
-        return train.over_pairs(of_pairs)
+        return lambda _: train.over_pairs(of_pairs)
 
     train.main(argv, make)
 
@@ -239,7 +248,8 @@ def on_relabelled_pairs(argv, folder, price, seed):
         with checkpoint.replacing(rows_in / f"{split}.jsonl") as f:
             f.writelines(json.dumps(row) + "\n" for row in splits[split])
     where = "--data", str(rows_in), "--out_dir", folder
-    train.main([*argv, *where, "--pairs", "helpful"])
+    begun = ["--resume"] if Path(folder, "config.json").exists() else []
+    train.main([*argv, *where, "--pairs", "helpful", *begun])
 
 
 def mocan(argv):
@@ -284,6 +294,7 @@ METHODS = {  # name → a function of the arguments behind it
     "dpop": on_pairs_of_T(lambda *of, logp, beta: dpop(*of, beta, penalty=1.0)),
     "cal-dpo": on_pairs_of_T(lambda *of, logp, beta: cal_dpo(*of, beta)),
     "see-dpo": on_pairs_of_T(lambda *of, logp, beta: see_dpo(*of, *logp, beta, gamma=0.2)),
+    "stable-po": on_pairs_of_T(lambda *of, logp, beta: stable_po(*of, logp[0], beta, weight=0.3)),
     "b-dpo": with_information,
     "mocan": mocan,
     "c-dpo": c_dpo,
