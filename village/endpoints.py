@@ -215,15 +215,16 @@ def report_safe_pairs():
     print("\nof two safe answers the first wins with probability p: β(u_1 − u_2)")
     figures = {}
     for p in (0.6, 0.73, 0.95):
-        figures[f"{p:g}"] = {name: safe_pair(name, p) for name in losses.LOSSES}
-        listed = "   ".join(f"{name} {value:.3f}" for name, value in figures[f"{p:g}"].items())
+        found = {name: safe_pair(name, p) for name in losses.LOSSES}
+        listed = "   ".join(f"{name} {value:.3f}" for name, value in found.items())
         print(f"  p = {p:4g}   {listed}")
+        figures[f"{p:g}"] = {k: v if math.isfinite(v) else None for k, v in found.items()}
     return figures
 
 
 def report_bfpo(world):
     print(
-        "\nBFPO: unsafe odds, of the reference's   the less helpful of two unsafe answers rises in"
+        "\nBFPO: unsafe odds, of the reference's   of two unsafe ones the less helpful one gains in"
     )
     figures = {}
     for tau in (2.0, 0.5, 0.2):

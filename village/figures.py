@@ -439,12 +439,55 @@ def draw_theory():
     return figure
 
 
+def draw_endpoints():
+    """Where SafeDAA's losses stop, and the anchored optima between Eq. 9 and the winners."""
+    figures = checkpoint.read_json(HERE / "results" / "endpoints.json")
+    figure, ((falling, stopping, anchored),) = canvas(1, 3, (11, 3.8))
+    panels = {"logistic": falling, "robust": falling, "squared": stopping, "hinge": stopping}
+    for i, (name, panel) in enumerate(panels.items()):
+        for delta, alpha in (("0", 1.0), ("5", 0.5)):
+            curve, (colour, _, dash) = figures["losses"][name][delta], STYLES[i]
+            label = f"{name}, Δ = {delta}"
+            style = {"color": colour, "linestyle": dash, "alpha": alpha}
+            panel.loglog(curve["step"], curve["odds"], label=label, **style)
+            if curve["level"]:
+                x, align = (1, "left") if name == "squared" else (1e4, "right")
+                mark_level(panel, curve["level"], f"{curve['level']:.3f}", x, align)
+    for panel in (falling, stopping):
+        panel.set_xlabel("step")
+        panel.legend(fontsize=8, loc="lower left")
+    falling.set_ylim(1e-5, 2)
+    stopping.set_ylim(0.01, 1.5)
+    falling.set_ylabel("unsafe odds, of the reference's")
+    falling.set_title("losses that keep falling")
+    stopping.set_title("losses that stop")
+    points = dict(figures["anchor"])
+    alone = points.pop("safe reference")
+    ways = [100 * point["way"] for point in points.values()]
+    distances = [point["divergence"] for point in points.values()]
+    colour, marker, dash = STYLES[0]
+    anchored.plot(ways, distances, color=colour, marker=marker, linestyle=dash)
+    for alpha, x, y in zip(points, ways, distances):
+        text = f"α = {float(alpha):g}".replace("inf", "∞")
+        if 0 < float(alpha) < 0.1:
+            continue  # too near to each other
+        anchored.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    anchored.plot(0, alone["divergence"], color=VERMILION, marker="s", linestyle="")
+    text = "the reference's safe answers"
+    place = (0, alone["divergence"])
+    anchored.annotate(text, place, (6, -3), textcoords="offset points", fontsize=8)
+    anchored.set(xlabel="way (%)", ylabel="KL to Eq. 9 (nats)", xlim=(-4, 112))
+    anchored.set_title("the anchor")
+    return figure
+
+
 PICTURES = {
     "methods": draw_methods,
     "deltas": draw_deltas,
     "curves": draw_curves,
     "noise": draw_noise,
     "theory": draw_theory,
+    "endpoints": draw_endpoints,
 }
 
 
