@@ -2,8 +2,7 @@
 
     python -m conformance.make
 
-Each number can be worked out on paper. A vector's name says what an implementation does wrong if it
-fails there.
+Each number can be worked out on paper. A vector's name says what is right there.
 """
 
 import json

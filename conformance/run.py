@@ -41,16 +41,24 @@ def failures(functions):
     return failed
 
 
-def main(module):
-    module = importlib.import_module(module)
+def main(name):
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, TypeError) as error:
+        return f"{name}: cannot be imported ({error}); expected a name such as conformance.ours"
     functions = {of: getattr(module, of) for of in CONTENT["functions"] if hasattr(module, of)}
+    missing = ", ".join(of for of in CONTENT["functions"] if of not in functions)
+    if not functions:
+        return f"{name}: has none of the functions {', '.join(CONTENT['functions'])}"
     failed = failures(functions)
     for vector, found in failed:
         print(f"{vector['of']}: {vector['name']}: {found}, expected {vector['expected']}")
     tried = sum(vector["of"] in functions for vector in CONTENT["vectors"])
     print(f"{tried - len(failed)} of {tried} vectors passed: {', '.join(functions)}")
-    return bool(failed or not tried)
+    if missing:
+        print(f"not tried, because {name} lacks it: {missing}")
+    return bool(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2] or sys.exit(__doc__)))
+    sys.exit(main(sys.argv[1]) if len(sys.argv) == 2 else __doc__)

@@ -27,8 +27,9 @@ def hinge(z):
 def robust(z, epsilon):
     """[−(1 − ε)·log σ(z) + ε·log σ(−z)] / (1 − 2ε) (robust DPO, arXiv 2403.00409).
 
-    Where a share ε < ½ of the pairs is the wrong way round, its expectation is the logistic loss on
-    the right ones.
+    Where a share ε < ½ of the pairs is the wrong way round (z with the other sign), its expectation
+    is the logistic loss on the right ones. Wrong safety flags are another kind of noise: T gives
+    −βh − Δ there.
     """
     return (-(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)) / (1 - 2 * epsilon)
 

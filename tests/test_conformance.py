@@ -231,8 +231,12 @@ def test_what_the_command_says(tmp_path):
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     code, lines, _ = said("mine")
-    assert code == 1 and lines[-1].startswith("9 of 20 vectors passed: transform, loss")
+    assert code == 1 and lines[-2].startswith("9 of 20 vectors passed: transform, loss")
+    assert lines[-1].endswith("mine lacks it: gradient, logps, optimum, first_loss")
     assert lines[0].startswith("loss: a safe-safe pair costs ln 2 as ")
     assert "ZeroDivisionError" in lines[0]
     assert said("conformance.ours")[:2] == (0, ["44 of 44 vectors passed: " + ", ".join(OURS)])
     assert said()[0] == 1 and "MODULE" in said()[2]
+    for name, why in (("nowhere", "cannot be imported"), ("./mine.py", "cannot"), ("json", "none")):
+        code, lines, error = said(name)
+        assert code == 1 and not lines and error.count("\n") == 1 and why in error

@@ -262,7 +262,9 @@ def test_methods_that_draw_their_pairs_anew(method, bound, prices, tmp_path, mon
     assert checkpoint.read_json(out / "config.json")["pairs"] == "helpful"
 
 
-def test_an_unknown_method_is_named(capsys):
+def test_wrong_use_ends_in_one_line(capsys):
+    assert "needs --init_from" in complaint(neighbours.main, ["mocan"], capsys)
+    assert "two finished runs" in complaint(neighbours.main, ["p-sacpo"], capsys)
     assert "expected one of bfpo, " in complaint(neighbours.main, ["dpo"], capsys)
     with pytest.raises(SystemExit):
         flags.run(lambda: neighbours.main([]))

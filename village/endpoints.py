@@ -13,7 +13,7 @@ each answer, up to a constant for each prompt, and every optimum below is exact.
     by exp(Δ/β). With one safe and one unsafe answer they are exp(−(½ + Δ)/β) of the reference's.
   - Hinge: nothing pulls any more where z ≥ 1. With these two answers training stops at
     exp(−(1 + Δ)/β) of the reference's odds.
-  - Among safe answers only the logistic g leads to Eq. 9 (`safe_pair`).
+  - Among safe answers only the logistic one of these leads to Eq. 9 (`safe_pair`).
   - BFPO asks for fixed differences on pairs without T: unsafe answers keep odds, and of two unsafe
     answers the less helpful one wins.
   - Anchor: with α times −log π(y_w|x) unsafe answers vanish as before. The safe ones end between

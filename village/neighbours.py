@@ -43,7 +43,7 @@ def bfpo(r_w, r_l, h_w, h_l, tau):
     """(r_w − r_l − t/τ)², t = (3·s_w − s_l − 1)/2, s = 1 − h (BFPO, arXiv 2408.15313).
 
     t is ½ on safe-safe pairs, 1 on safe-unsafe, −1 on unsafe-safe and −½ on unsafe-unsafe ones: it
-    swaps as T does, and turns round what T drops.
+    swaps as T does, and reverses what T drops.
     """
     target = (3 * (1 - h_w) - (1 - h_l) - 1) / 2 / tau
     return (r_w - r_l - target) ** 2
@@ -252,9 +252,17 @@ def on_relabelled_pairs(argv, folder, price, seed):
     train.main([*argv, *where, "--pairs", "helpful", *begun])
 
 
+def with_start(argv):
+    """The flags of a method that begins with a finished reference, in a folder of its own."""
+    flags = TrainConfig(**parse(TrainConfig, argv))
+    if not (flags.init_from and flags.out_dir):
+        raise ValueError("village.neighbours: this method needs --init_from and --out_dir")
+    return flags
+
+
 def mocan(argv):
     """MoCAN: λ from samples of the reference, --init_from; then DPO."""
-    flags = TrainConfig(**parse(TrainConfig, argv))
+    flags = with_start(argv)
     samples = answers_to_training_prompts(flags.init_from, 16, flags.seed)
     price = dual_price(*samples, flags.beta, BOUND)
     on_relabelled_pairs(argv, flags.out_dir, price, flags.seed)
@@ -263,7 +271,7 @@ def mocan(argv):
 def c_dpo(argv):
     """C-DPO: each λ has a policy of its own, from the reference --init_from, and moves by its mean
     cost. The last policy is the run's; the others lie beside it."""
-    flags, price = TrainConfig(**parse(TrainConfig, argv)), 0.0
+    flags, price = with_start(argv), 0.0
     folders = [f"{flags.out_dir}-round{i}" for i in range(1, ROUNDS)] + [flags.out_dir]
     for folder in folders:
         on_relabelled_pairs(argv, folder, price, flags.seed)
@@ -276,6 +284,8 @@ def two_stages(q):
     """P-SACPO from the finished runs FIRST and SECOND. The reference is FIRST's; q = 1 is SACPO."""
 
     def make(argv):
+        if len(argv) != 3:
+            raise ValueError("village.neighbours: expected two finished runs and a new folder")
         first, second, out = map(Path, argv)
         states = [checkpoint.load(stage / "policy.pt") for stage in (first, second)]
         weights = interpolated(*(state["model"] for state in states), q)
