@@ -115,9 +115,11 @@ def describe(config, settings, source, split, splits, device, dtype):
     own = {name: getattr(settings, name) for name in EVAL_FLAGS}
     digest, _ = records.survey(splits)
     machine = {"device": device.type, "dtype": dtype, "data_sha256": digest}
+    usual = {"loss": "logistic", "anchor": 0.0}
+    unusual = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}
     return {
         "settings": {**own, "data": source, "split": split, "version": VERSION, **machine},
-        "run": {name: config[name] for name in ("pairs", "beta", "delta")},
+        "run": {name: config[name] for name in ("pairs", "beta", "delta")} | unusual,
     }
 
 

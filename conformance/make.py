@@ -65,8 +65,9 @@ ROWS = {
     "both safe: the more helpful answer wins": row(0, True, True),
     "both safe: better_response_id says who wins, not the place in the row": row(1, True, True),
     "both safe: helpfulness decides, safer_response_id does not": row(0, True, True, safer=1),
+    "the same with the second answer better": row(1, True, True, safer=0),
     "a safe winner over an unsafe loser is kept, and h means unsafe": row(0, True, False),
-    "the same with the second answer better": row(1, False, True),
+    "a safe winner is kept with the second answer better too": row(1, False, True),
     "an unsafe winner and a safe loser are swapped, and their labels with them": row(
         0, False, True
     ),
@@ -128,9 +129,15 @@ LOSS = {
     "an unsafe winner has the margin against it (without T's swap)": pairs(
         SAME, SAME, UNSAFE_SAFE, 0.1, 10.0
     ),
+    "beta weighs pairs with an unsafe winner too (without T)": pairs(
+        MOVED, WAS, UNSAFE_SAFE, 0.1, 10.0
+    ),
     "two unsafe answers have no margin (without T)": pairs(SAME, SAME, BOTH, 0.1, 10.0),
     "thousands of nats do not overflow": pairs(
         [(-9000.0, -10.0)], [(-10.0, -9000.0)], SAFE_UNSAFE, 2.0, 5
+    ),
+    "a pair that is thousands of nats in order costs nothing": pairs(
+        [(-10.0, -9000.0)], [(-9000.0, -10.0)], SAFE_UNSAFE, 2.0, 5
     ),
     "each pair has its own margin": pairs(
         [(-40.0, -55.0), (-120.5, -90.25), (-3.0, -3.0), (-200.0, -10.0)],
@@ -168,7 +175,8 @@ LOGITS = [
 
 def rows(*tokens_and_mask):
     tokens, mask = zip(*tokens_and_mask)
-    return {"logits": [LOGITS for _ in tokens], "tokens": list(tokens), "mask": list(mask)}
+    logits = [LOGITS[i:] + LOGITS[:i] for i in range(len(tokens))]  # other ones for each row
+    return {"logits": logits, "tokens": list(tokens), "mask": list(mask)}
 
 
 LOGPS = {
@@ -181,6 +189,7 @@ LOGPS = {
     "what fills up a row does not count": rows(
         ([1, 3, 0, 0], [0, 1, 0, 0]), ([1, 2, 1, 3], [0, 1, 1, 1])
     ),
+    "token 0 counts inside an answer": rows(([1, 0, 2, 3], [0, 1, 1, 1])),
     "a truncated answer has no EOS": rows(([1, 2, 1, 2], [0, 1, 1, 1])),
 }
 
@@ -203,6 +212,7 @@ OPTIMUM = {
     "an unsafe answer gets nothing, however great its reward": answers(
         [0.2, 0.3, 0.5], [0.0, 1.0, 9.0], [0, 0, 1], 1.0
     ),
+    "no finite penalty is enough": answers([0.5, 0.5], [0.0, 500.0], [0, 1], 1.0),
     "reward is divided by beta": answers([0.5, 0.5], [1.0, 0.0], [0, 0], 0.5),
     "equal rewards leave the reference's proportions": answers(
         [0.1, 0.3, 0.6], [2.0, 2.0, 2.0], [0, 0, 1], 2.0

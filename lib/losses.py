@@ -35,6 +35,7 @@ def robust(z, epsilon):
 
 
 LOSSES = {g.__name__: g for g in (logistic, squared, hinge, robust)}
+NAMES = dict.fromkeys(LOSSES)  # what --loss takes; village/neighbours.py adds its own
 
 
 def choose(name, epsilon):

@@ -187,8 +187,9 @@ def paper_scale(results):
     """A function of helpfulness: the paper's scale, where SFT is 0 and DPO-HELPFUL is 10. None if
     there is no such run among the results."""
     for result in results.values():
-        is_dpo_helpful = result["run"]["pairs"] == "helpful" and not result["run"]["delta"]
-        if is_dpo_helpful and result["policy"]["helpfulness"]:
+        run = result["run"]
+        plain = not (run["delta"] or "loss" in run or "anchor" in run)
+        if run["pairs"] == "helpful" and plain and result["policy"]["helpfulness"]:
             zero, ten = (result[name]["helpfulness"]["value"] for name in MODELS)
             return functools.partial(scaled, zero=zero, ten=ten) if ten != zero else None
     return None

@@ -83,6 +83,8 @@ def open_run(given):
             f"--lora_rank {config.lora_rank} needs a trained model to put adapters on; expected "
             "--init_from, for example with the reference.pt of an earlier run"
         )
+    if "epsilon" in given and config.loss != "robust":
+        raise ValueError(f"--epsilon {config.epsilon:g} needs --loss robust")
     if config.lora_alpha is not None and not config.lora_rank:
         raise ValueError(f"--lora_alpha {config.lora_alpha:g} needs --lora_rank")
     defaults = {

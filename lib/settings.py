@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from lib.chat import TEMPLATES
 from lib.flags import flag
-from lib.losses import LOSSES
+from lib.losses import NAMES
 
 from safedpo import PAIR_CHOICES
 
@@ -76,9 +76,7 @@ class TrainConfig(Settings):
         kind=float,
         least=0,
     )
-    loss: str = flag(
-        "logistic", "the g of SafeDAA: what a pair's logit costs", choices=tuple(LOSSES)
-    )
+    loss: str = flag("logistic", "the g of SafeDAA: what a pair's logit costs", choices=NAMES)
     epsilon: float = flag(
         0.1, "share of pairs that --loss robust takes for the wrong way round", least=0, most=0.49
     )

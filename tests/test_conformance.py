@@ -2,6 +2,7 @@
 says what is wrong with it."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -103,6 +104,42 @@ def log_of_sigmoid(**given):
     return (-torch.exp(-torch.tensor(ours.loss(**given))).log()).tolist()
 
 
+def overflows(**given):
+    """log(1 + exp z) − z: exp z is too large behind z = 709."""
+    return [math.log(1 + math.exp(z)) - z for z in make.each_pair(given)]
+
+
+def slope_overflows(**given):
+    shares = [1 - math.exp(z) / (1 + math.exp(z)) for z in make.each_pair(given)]
+    by_winner = [-given["beta"] * share for share in shares]
+    return [by_winner, [-slope for slope in by_winner]]
+
+
+def beta_missing_where_the_winner_is_unsafe(beta, h_w, **others):
+    of_both = [ours.loss(beta=b, h_w=h_w, **others) for b in (beta, 1.0)]
+    return [of_both[int(h)][i] for i, h in enumerate(h_w)]
+
+
+def better_and_safer(row):
+    return ours.transform(
+        row | {"better_response_id": row["better_response_id"] & row["safer_response_id"]}
+    )
+
+
+def logits_of_the_first_row(logits, **given):
+    return ours.logps(logits=[logits[0]] * len(logits), **given)
+
+
+def token_0_fills_up(tokens, mask, **given):
+    mask = [[m * (t != 0) for t, m in zip(*row)] for row in zip(tokens, mask)]
+    return ours.logps(tokens=tokens, mask=mask, **given)
+
+
+def penalty_of_50(reward, unsafe, **others):
+    reward = [r - 50 * h for r, h in zip(reward, unsafe)]
+    return ours.optimum(reward=reward, unsafe=[0] * len(unsafe), **others)
+
+
 def slope_without_beta(beta, **others):
     return [[d / beta for d in side] for side in ours.gradient(beta=beta, **others)]
 
@@ -186,6 +223,17 @@ FAULTS = [  # function, its wrong version, a vector that must fail
     ("loss", margin_where_both_are_unsafe, "two unsafe answers have no margin (without T)"),
     ("loss", no_reference, "the reference counts, not the policy alone"),
     ("loss", log_of_sigmoid, "thousands of nats do not overflow"),
+    ("loss", overflows, "a pair that is thousands of nats in order costs nothing"),
+    ("gradient", slope_overflows, "a pair that is thousands of nats in order costs nothing"),
+    (
+        "loss",
+        beta_missing_where_the_winner_is_unsafe,
+        "beta weighs pairs with an unsafe winner too (without T)",
+    ),
+    ("transform", better_and_safer, "the same with the second answer better"),
+    ("logps", logits_of_the_first_row, "what fills up a row does not count"),
+    ("logps", token_0_fills_up, "token 0 counts inside an answer"),
+    ("optimum", penalty_of_50, "no finite penalty is enough"),
     ("gradient", slope_without_beta, "beta weighs pairs without a margin too"),
     ("logps", means, "an answer's log-probability is the sum over its tokens, not their mean"),
     ("logps", next_token_missed, "the logits of a position predict the next token"),
@@ -231,11 +279,11 @@ def test_what_the_command_says(tmp_path):
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     code, lines, _ = said("mine")
-    assert code == 1 and lines[-2].startswith("9 of 20 vectors passed: transform, loss")
+    assert code == 1 and lines[-2].startswith("10 of 23 vectors passed: transform, loss")
     assert lines[-1].endswith("mine lacks it: gradient, logps, optimum, first_loss")
     assert lines[0].startswith("loss: a safe-safe pair costs ln 2 as ")
     assert "ZeroDivisionError" in lines[0]
-    assert said("conformance.ours")[:2] == (0, ["44 of 44 vectors passed: " + ", ".join(OURS)])
+    assert said("conformance.ours")[:2] == (0, ["51 of 51 vectors passed: " + ", ".join(OURS)])
     assert said()[0] == 1 and "MODULE" in said()[2]
     for name, why in (("nowhere", "cannot be imported"), ("./mine.py", "cannot"), ("json", "none")):
         code, lines, error = said(name)

@@ -10,7 +10,7 @@ from lib.settings import TrainConfig
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, complaint
 from test_train import make, optimizer_of, reference, step, token_pairs
 
 import safedpo
@@ -128,6 +128,35 @@ def test_a_run_takes_the_anchor_of_each_step(folder, tmp_path):
     for alpha, row in zip((0.4, 0.4, 0.4, 0.2), rows):
         expected = math.log(2) - alpha * row["logps/chosen"]
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, of_safe_safe, of_safe_unsafe",
+    [  # g(0) and g(−2)
+        ([], math.log(2), math.log1p(math.exp(2))),
+        (["--loss", "squared"], 0.25, 6.25),
+        (["--loss", "hinge"], 1.0, 3.0),
+        (
+            ["--loss", "robust", "--epsilon", "0.3"],
+            math.log(2),
+            (0.7 * math.log1p(math.exp(2)) - 0.3 * math.log1p(math.exp(-2))) / 0.4,
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_a_run_takes_the_loss_of_its_flags(flags, of_safe_safe, of_safe_unsafe, folder, tmp_path):
+    argv = [*TINY, "--data", str(folder), "--batch_size", "96", "--delta", "2", *flags]
+    train.main([*argv, "--out_dir", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (row,) = (row for row in rows if row["stage"] == "safedpo")
+    n = row["safe-safe/pairs"], row["safe-unsafe/pairs"]
+    expected = (n[0] * of_safe_safe + n[1] * of_safe_unsafe) / sum(n)
+    assert row["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_epsilon_without_robust_is_refused(tmp_path, capsys):
+    said = complaint(train.main, ["--epsilon", "0.2", "--out_dir", str(tmp_path)], capsys)
+    assert "--epsilon 0.2 needs --loss robust" in said
 
 
 def test_the_anchors_gradient_is_minus_alpha_on_the_winner_alone():

@@ -3,14 +3,19 @@
 import json
 import math
 import random
+import subprocess
+import sys
+from types import SimpleNamespace
 
 from lib import checkpoint, flags
 from lib.policy import load_model
+from lib.settings import TrainConfig
 
 import pytest
 import torch
-from conftest import SHORT, TINY, complaint
+from conftest import ROOT, SHORT, TINY, complaint
 
+import data
 import train
 from safedpo import safedpo_loss
 from village import neighbours, world
@@ -213,6 +218,52 @@ def test_a_short_run_of_each_loss(method, folder, finished, tmp_path):
     assert (out / "policy.pt").exists() and (out / "eval.json").exists()
 
 
+BY_METHOD = {  # the formula of each method that a run must take, of columns of a batch
+    "bfpo": lambda c: neighbours.bfpo(c.r_w, c.r_l, c.h_w, c.h_l, 0.5),
+    "bfpo-tau0.2": lambda c: neighbours.bfpo(c.r_w, c.r_l, c.h_w, c.h_l, 0.2),
+    "dpop": lambda c: neighbours.dpop(c.r_w, c.r_l, c.margin, 0.5, 1.0),
+    "cal-dpo": lambda c: neighbours.cal_dpo(c.r_w, c.r_l, c.margin, 0.5),
+    "stable-po": lambda c: neighbours.stable_po(c.r_w, c.r_l, c.margin, LOGP[0], 0.5, 0.3),
+    "see-dpo": lambda c: neighbours.see_dpo(c.r_w, c.r_l, c.margin, *LOGP, 0.5, 0.2),
+}
+
+
+@pytest.mark.parametrize("method", BY_METHOD)
+def test_a_run_takes_its_method(method, monkeypatch):
+    """β = 0.5, Δ = 3, at the first and at a later step; the second pair's loser is unsafe."""
+    made = []
+    monkeypatch.setattr(train, "main", lambda argv, make: made.append((argv, make)))
+    neighbours.main([method, "--pairs", "harmless"])
+    (argv, make), h_w, h_l = made[0], torch.tensor([0, 0]), torch.tensor([0, 1])
+    flags_given = flags.parse(TrainConfig, argv)
+    assert flags_given["pairs"] == ("helpful" if "bfpo" in method else "safedpo")
+    assert flags_given["loss"] == method
+    batch = data.Batch(None, h_w, h_l, LOGP[0] - R_W, LOGP[1] - R_L, [0, 1], 2, 0)
+    columns = SimpleNamespace(r_w=R_W, r_l=R_L, h_w=h_w, h_l=h_l, margin=MARGIN)
+    for done in (0.0, 0.9):
+        loss = make(TrainConfig(beta=0.5, delta=3.0), None, None, None)(done)
+        found, _ = loss(torch.stack(LOGP, 1).flatten(), batch)
+        assert found.item() == pytest.approx(BY_METHOD[method](columns).mean().item(), rel=1e-9)
+
+
+def test_train_py_does_not_go_on_with_a_neighbours_run(folder, finished, tmp_path, capsys):
+    argv = ["--out_dir", str(tmp_path / "bfpo"), "--init_from", str(finished / "reference.pt")]
+    neighbours.main(["bfpo", *argv, *SHORT, "--data", str(folder)])
+    resume = ["--resume", "--out_dir", str(tmp_path / "bfpo")]
+    assert 'loss is "bfpo"; expected one of logistic' in complaint_of_a_new_process(resume)
+    neighbours.main(["bfpo", *resume])
+    with pytest.raises(ValueError, match="contradicts the run"):
+        neighbours.METHODS["dpop"]([*resume, "--loss", "dpop"])
+
+
+def complaint_of_a_new_process(argv):
+    """What train.py says that has never heard of the neighbours."""
+    command = [sys.executable, "train.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    return done.stderr
+
+
 def test_modpo_reads_the_costs_of_its_own_pairs(folder, finished, tmp_path, capsys):
     """At r = 0 a pair costs log(1 + exp(m_w − m_l)), m = −cost; the sum knows no order."""
     out, expected = tmp_path / "modpo", []
@@ -264,6 +315,7 @@ def test_methods_that_draw_their_pairs_anew(method, bound, prices, tmp_path, mon
 
 def test_wrong_use_ends_in_one_line(capsys):
     assert "needs --init_from" in complaint(neighbours.main, ["mocan"], capsys)
+    assert "expected a new folder" in complaint(neighbours.main, ["sacpo", "a", "b", "."], capsys)
     assert "two finished runs" in complaint(neighbours.main, ["p-sacpo"], capsys)
     assert "expected one of bfpo, " in complaint(neighbours.main, ["dpo"], capsys)
     with pytest.raises(SystemExit):

@@ -2,14 +2,15 @@
 or other pairs.
 
     python -m village.neighbours bfpo --seed 9 --out_dir runs/bfpo      flags as for train.py
+    python -m village.neighbours bfpo --resume --out_dir runs/bfpo      not train.py --resume
     python -m village.neighbours mocan --init_from runs/x/reference.pt --out_dir runs/mocan
     python -m village.neighbours p-sacpo runs/helpful runs/second-stage runs/p-sacpo
     python eval.py runs/bfpo runs/mocan runs/p-sacpo --data toy
 
 The losses are functions of a pair's log-ratios r = log π(y|x) − log π_ref(y|x), in nats, (B,) each,
 of the winner w and the loser l. Where a method says nothing of safety, it gets T's pairs and the
-margin Δ, so that it differs from SafeDPO in one thing. Some of the papers' texts could not be had;
-[inferred] marks what is our reading of an abstract or of another's account.
+margin Δ, so that it differs from SafeDPO in its loss alone. Some of the papers' texts could not
+be had; [inferred] marks what is our reading of an abstract or of another's account.
 """
 
 import json
@@ -20,7 +21,9 @@ from pathlib import Path
 
 from lib import checkpoint
 from lib.flags import parse, run
+from lib.losses import NAMES
 from lib.policy import load_model, log_probs, sample_answers
+from lib.runs import finished_run
 from lib.settings import EvalConfig, TrainConfig
 
 import torch
@@ -95,8 +98,8 @@ def b_dpo(r_w, r_l, margin, mi_w, mi_l, beta):
 def stable_po(r_w, r_l, margin, logp_w, beta, weight):
     """−log σ(β(r_w − r_l) − margin) − weight·log π_w: Stable Preference Optimization (2507.07723).
 
-    Its inner problem, SFT, as a penalty [inferred]; also RPO's loss. train.py's --anchor is the
-    same with a weight that falls to 0.
+    Its inner problem, SFT, as a penalty [inferred]. RPO adds the same per token. train.py's
+    --anchor is this with a weight that falls to 0.
     """
     return -F.logsigmoid(beta * (r_w - r_l) - margin) - weight * logp_w
 
@@ -172,7 +175,7 @@ def on_helpful_pairs(loss):
 
         return lambda _: train.over_pairs(of_pairs)
 
-    return lambda argv: train.main(["--pairs", "helpful", *argv], make)
+    return lambda argv: train.main([*argv, "--pairs", "helpful"], make)
 
 
 def on_pairs_of_T(loss):
@@ -186,7 +189,7 @@ def on_pairs_of_T(loss):
 
         return lambda _: train.over_pairs(of_pairs)
 
-    return lambda argv: train.main(argv, make)
+    return lambda argv: train.main([*argv, "--pairs", "safedpo"], make)
 
 
 def with_costs(argv, weight=0.5):
@@ -202,7 +205,7 @@ def with_costs(argv, weight=0.5):
 
         return lambda _: train.over_pairs(of_pairs)
 
-    train.main(["--pairs", "helpful", *argv], make)
+    train.main([*argv, "--pairs", "helpful"], make)
 
 
 def with_information(argv):
@@ -221,7 +224,7 @@ def with_information(argv):
 
         return lambda _: train.over_pairs(of_pairs)
 
-    train.main(argv, make)
+    train.main([*argv, "--pairs", "safedpo"], make)
 
 
 def answers_to_training_prompts(file, K, seed):
@@ -249,7 +252,11 @@ def on_relabelled_pairs(argv, folder, price, seed):
             f.writelines(json.dumps(row) + "\n" for row in splits[split])
     where = "--data", str(rows_in), "--out_dir", folder
     begun = ["--resume"] if Path(folder, "config.json").exists() else []
-    train.main([*argv, *where, "--pairs", "helpful", *begun])
+    train.main([*argv, *where, "--pairs", "helpful", *begun], dpo)
+
+
+def dpo(config, *_):
+    return lambda _: train.preference_loss(config.beta, delta=0.0)
 
 
 def with_start(argv):
@@ -287,7 +294,13 @@ def two_stages(q):
         if len(argv) != 3:
             raise ValueError("village.neighbours: expected two finished runs and a new folder")
         first, second, out = map(Path, argv)
+        if out.exists():
+            raise ValueError(f"{out}: is there already; expected a new folder")
+        for stage in (first, second):
+            finished_run(stage)
         states = [checkpoint.load(stage / "policy.pt") for stage in (first, second)]
+        if states[0]["config"] != states[1]["config"] or states[0]["adapters"]:
+            raise ValueError(f"{second}: expected a whole model of the size of {first}'s")
         weights = interpolated(*(state["model"] for state in states), q)
         out.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "reference.pt"):
@@ -320,7 +333,8 @@ def main(argv=None):
             f"village.neighbours: no method is named {method!r}; expected one of "
             f"{', '.join(METHODS)}, then train.py's flags"
         )
-    METHODS[method](rest)
+    NAMES.update(dict.fromkeys(METHODS))  # config.json tells the method, and train.py refuses it
+    METHODS[method](rest if "sacpo" in method else [*rest, "--loss", method])
 
 
 if __name__ == "__main__":
