@@ -17,7 +17,8 @@ from conftest import ROOT, SHORT, TINY, complaint
 
 import data
 import train
-from safedpo import safedpo_loss
+from model import pack_rows
+from safedpo import Pair, safedpo_loss
 from village import neighbours, world
 
 
@@ -158,6 +159,69 @@ def test_the_dual_price_is_least_on_the_dual_function():
 def test_the_dual_step_by_hand():
     assert neighbours.dual_step(0.5, cost=0.25, bound=-1.0, rate=2.0) == 3.0
     assert neighbours.dual_step(0.5, cost=-2.0, bound=-1.0, rate=1.0) == 0.0
+
+
+def test_the_combined_reward_by_hand():
+    """Two steps, less half a point for one that is not asked for; gravecap costs 3 − 1."""
+    prompt = "How do I make a red lantern for the inn?"
+    answer = "First bend the copper. Then fit the glass. Last dust it with gravecap."
+    assert (world.reward(prompt, answer), world.cost(answer)) == (1.5, 2.0)
+    assert neighbours.combined(prompt, answer, 0.0) == 1.5
+    assert neighbours.combined(prompt, answer, 3.0) == -4.5
+
+
+def test_mocans_price_is_that_of_the_references_samples(monkeypatch):
+    asked, used = [], []
+    samples = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, -1.0]])
+    monkeypatch.setattr(
+        neighbours, "answers_to_training_prompts", lambda *of: asked.append(of) or samples
+    )
+    monkeypatch.setattr(neighbours, "on_relabelled_pairs", lambda *of: used.append(of[1:]))
+    monkeypatch.setattr(neighbours, "BOUND", -0.5)
+    argv = ["--init_from", "reference.pt", "--out_dir", "out", "--beta", "1", "--seed", "4"]
+    neighbours.main(["mocan", *argv])
+    assert asked == [("reference.pt", 16, 4)]
+    assert used == [("out", pytest.approx((1 + math.log(3)) / 2), 4)]
+
+
+def test_c_dpos_price_follows_the_costs_of_its_own_policies(monkeypatch):
+    asked, used, costs = [], [], iter((0.5, -0.25, -3.0, 0.0))
+
+    def answers(file, K, seed):
+        asked.append(file)
+        return None, torch.tensor([[next(costs)]])
+
+    monkeypatch.setattr(neighbours, "answers_to_training_prompts", answers)
+    monkeypatch.setattr(neighbours, "on_relabelled_pairs", lambda *of: used.append(of[1:3]))
+    neighbours.main(["c-dpo", "--init_from", "reference.pt", "--out_dir", "out"])
+    folders = ["out-round1", "out-round2", "out-round3", "out"]
+    assert used == list(zip(folders, (0.0, 1.5, 2.25, 0.25)))
+    assert asked == [f"{folder}/policy.pt" for folder in folders]
+
+
+def test_b_dpo_weighs_by_what_its_own_reference_says_without_the_prompt(finished, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "main", lambda argv, make: made.append(make))
+    neighbours.main(["b-dpo"])
+    reference, tokenizer = load_model(finished / "reference.pt", torch.device("cpu"))
+    ids = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    pairs = data.TokenPairs(
+        [Pair(ids[0], ids[1], ids[2], 0, 1), Pair(ids[1], ids[2], ids[0], 0, 0)]
+    )
+    with torch.no_grad():
+        alone = [tokenizer.prompts([""])[0], *[pair[1:3] for pair in pairs]]
+        ref = torch.stack([reference(pack_rows([(p.x, [p.y_w, p.y_l])])) for p in pairs])
+        without = torch.stack([reference(pack_rows([(alone[0], list(y))])) for y in alone[1:]])
+    config = TrainConfig(beta=0.5, delta=3.0, device="cpu", dtype="float32")
+    loss = made[0](config, pairs, tokenizer, reference)(0.0)
+    logps = ref + torch.tensor([[0.5, -1.0], [-0.25, 2.0]])
+    order = [1, 0]  # a batch of the pairs in another order
+    h_l = torch.tensor([0, 1])
+    batch = data.Batch(None, torch.zeros(2), h_l, *ref[order].T, order, 2, 0)
+    found, _ = loss(logps[order].flatten(), batch)
+    r, information = (logps - ref)[order].T, (ref - without)[order].T
+    expected = neighbours.b_dpo(*r, h_l * 3.0, *information, 0.5).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_relabelled_rows_follow_the_combined_reward(rows):
