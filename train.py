@@ -80,17 +80,17 @@ def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, prec
     FloatingPointError, before any weight changes, if one of the first two is no number.
     """
     device = next(model.parameters()).device
-    losses, columns = [], []
+    shares, columns = [], []
     with precision:  # one context for all micro-batches: autocast casts weights once a step
         for batch in parallel.sync_on_last(model, batches):
             batch = move(batch, device)
             loss, of_pairs = loss_function(model(batch.rows), batch)
             parallel.backward(scaler.scale(loss))
-            losses.append(loss.detach())
+            shares.append(loss.detach())
             columns.append(of_pairs)
     scaler.unscale_(optimizer)
     norm = parallel.clip_gradients(model, grad_clip)
-    *values, norm = torch.stack([*losses, norm]).tolist()  # here the device is waited for
+    *values, norm = torch.stack([*shares, norm]).tolist()  # here the device is waited for
     for value, batch in zip(values, batches):
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} on pairs {batch.pairs}")
@@ -100,7 +100,7 @@ def train_step(model, optimizer, scaler, batches, loss_function, grad_clip, prec
     scaler.step(optimizer)
     scaler.update()
     parallel.clear_gradients(model, optimizer)
-    loss, columns = parallel.gather(sum(losses), torch.cat(columns, 1), batches[0].step_pairs)
+    loss, columns = parallel.gather(sum(shares), torch.cat(columns, 1), batches[0].step_pairs)
     return loss, norm, columns
 
 
