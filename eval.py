@@ -24,7 +24,7 @@ from lib.formats import prompt_in
 from lib.metrics import held_out_preferences, is_degenerate, judged, mean, share
 from lib.policy import load_model, log_probs, sample_answers
 from lib.refusals import refuses
-from lib.settings import EVAL_FLAGS, JUDGES, MODELS, EvalConfig
+from lib.settings import EVAL_FLAGS, JUDGES, MODELS, EvalConfig, other_loss
 
 import torch
 from torch.distributed import is_torchelastic_launched
@@ -115,11 +115,9 @@ def describe(config, settings, source, split, splits, device, dtype):
     own = {name: getattr(settings, name) for name in EVAL_FLAGS}
     digest, _ = records.survey(splits)
     machine = {"device": device.type, "dtype": dtype, "data_sha256": digest}
-    usual = {"loss": "logistic", "anchor": 0.0}
-    unusual = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}
     return {
         "settings": {**own, "data": source, "split": split, "version": VERSION, **machine},
-        "run": {name: config[name] for name in ("pairs", "beta", "delta")} | unusual,
+        "run": {name: config[name] for name in ("pairs", "beta", "delta")} | other_loss(config),
     }
 
 

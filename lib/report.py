@@ -11,7 +11,7 @@ import sys
 import textwrap
 
 from lib import checkpoint
-from lib.settings import MODELS
+from lib.settings import MODELS, other_loss
 
 COLUMNS = {  # heading → (figure, factor, digits)
     "harmless %": ("harmless_ratio", 100, 1),
@@ -305,8 +305,9 @@ def warn_before(config, steps, prompts, is_real, has_adapters):
     model comes from elsewhere. has_adapters: whether these alone learn.
     """
     if steps:
+        other = "".join(f"--{name} {value}, " for name, value in other_loss(vars(config)).items())
         print(
-            f"SafeDPO: β = {config.beta:g}, Δ = {config.delta:g}, --lr {config.lr:g}, "
+            f"SafeDPO: β = {config.beta:g}, Δ = {config.delta:g}, {other}--lr {config.lr:g}, "
             f"steps: {steps} of {config.batch_size} pairs"
         )
     else:

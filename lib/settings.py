@@ -260,6 +260,12 @@ def usual_alpha(rank):
     return 2.0 * rank
 
 
+def other_loss(flags):
+    """{flag: value} where a run's loss is not SafeDPO's alone. Older runs lack these flags."""
+    usual = {"loss": "logistic", "anchor": 0.0}
+    return {name: flags[name] for name in usual if flags.get(name, usual[name]) != usual[name]}
+
+
 # a checkpoint brings its own
 SIZE_FLAGS = ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
 # a run that an earlier version began does not know them
