@@ -61,13 +61,12 @@ def preference_loss(beta, delta, g=losses.logistic, anchor=0.0):
 def chosen_loss(config, *_):
     """The preference loss that the flags ask for, as a function of the share of the steps done.
 
-    The anchor is held for half of them and then falls linearly to 0: with a constant one another
-    policy than Eq. 9 would be best.
+    The anchor falls as (1 − done)²: with a constant one another policy than Eq. 9 would be best.
     """
     g = losses.choose(config.loss, config.epsilon)
 
     def loss_at(done):
-        anchor = config.anchor * min(1.0, 2 * (1 - done))
+        anchor = config.anchor * (1 - done) ** 2
         return preference_loss(config.beta, config.delta, g, anchor)
 
     return loss_at

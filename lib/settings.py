@@ -82,8 +82,8 @@ class TrainConfig(Settings):
     )
     anchor: float = flag(
         0.0,
-        "adds this times the winner's −log π, in nats, to a pair's loss; it falls to 0 over the "
-        "second half of the steps",
+        "adds this times the winner's −log π, in nats, to a pair's loss; it falls to 0 as the "
+        "square of the share of steps to come",
         least=0,
     )
     label_noise: float = flag(

@@ -102,12 +102,12 @@ def test_the_anchor_adds_the_winners_negative_log_likelihood_in_nats():
     assert results[1] - results[0] == pytest.approx(-0.3 * ref[:, 0].mean().item(), rel=1e-5)
 
 
-def test_the_anchor_is_held_and_then_falls_to_zero():
+def test_the_anchor_falls_to_zero_as_a_square():
     """What a run adds for the winner, by the share of its steps that is done."""
     model, pairs = make(), token_pairs()
     ref, config = reference(model, pairs), TrainConfig(delta=5.0, beta=0.1, anchor=0.4)
     without = chosen(replace(config, anchor=0.0), 0.0, pairs, ref)
-    for done, alpha in ((0.0, 0.4), (0.5, 0.4), (0.75, 0.2), (0.9, 0.08)):
+    for done, alpha in ((0.0, 0.4), (0.25, 0.225), (0.5, 0.1), (0.9, 0.004)):
         added = chosen(config, done, pairs, ref) - without
         assert added == pytest.approx(-alpha * ref[:, 0].mean().item(), rel=1e-4)
 
@@ -119,13 +119,13 @@ def chosen(config, done, pairs, ref):
 
 
 def test_a_run_takes_the_anchor_of_each_step(folder, tmp_path):
-    """Of four steps the last one has half of it: a model that hardly moves shows it."""
+    """Of four steps the last one has a sixteenth: a model that hardly moves shows it."""
     argv = [*TINY, "--data", str(folder), "--lr", "1e-12", "--batch_size", "96", "--epochs", "4"]
     train.main([*argv, "--delta", "0", "--anchor", "0.4", "--out_dir", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["stage"] == "safedpo"]
     assert len(rows) == 4
-    for alpha, row in zip((0.4, 0.4, 0.4, 0.2), rows):
+    for alpha, row in zip((0.4, 0.225, 0.1, 0.025), rows):
         expected = math.log(2) - alpha * row["logps/chosen"]
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
