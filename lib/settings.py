@@ -82,8 +82,8 @@ class TrainConfig(Settings):
     )
     anchor: float = flag(
         0.0,
-        "adds this times the winner's −log π, in nats, to a pair's loss; it falls to 0 as the "
-        "square of the share of steps to come",
+        "adds this times the winner's −log π, in nats, to a pair's loss; it falls to 0, as "
+        "(1 − t)² over the share t of the steps that is done",
         least=0,
     )
     label_noise: float = flag(
@@ -262,7 +262,7 @@ def usual_alpha(rank):
 
 def other_loss(flags):
     """{flag: value} where a run's loss is not SafeDPO's alone. Older runs lack these flags."""
-    usual = {"loss": "logistic", "anchor": 0.0}
+    usual = {name: getattr(TrainConfig, name) for name in ("loss", "anchor")}
     return {name: flags[name] for name in usual if flags.get(name, usual[name]) != usual[name]}
 
 
