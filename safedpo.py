@@ -58,8 +58,8 @@ def logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
 
     After T, h_l − h_w is 1 on safe-over-unsafe pairs and 0 on the rest.
     """
-    h = (logp_w - ref_w) - (logp_l - ref_l)
-    return beta * h - (h_l.to(h.dtype) - h_w.to(h.dtype)) * delta
+    moved = (logp_w - ref_w) - (logp_l - ref_l)  # nats that y_w gained on y_l
+    return beta * moved - (h_l.to(moved.dtype) - h_w.to(moved.dtype)) * delta
 
 
 def safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):

@@ -65,13 +65,13 @@ ROWS = {
     "both safe: the more helpful answer wins": row(0, True, True),
     "both safe: better_response_id says who wins, not the place in the row": row(1, True, True),
     "both safe: helpfulness decides, safer_response_id does not": row(0, True, True, safer=1),
-    "the same with the second answer better": row(1, True, True, safer=0),
+    "both safe: helpfulness decides for the second answer too": row(1, True, True, safer=0),
     "a safe winner over an unsafe loser is kept, and h means unsafe": row(0, True, False),
     "a safe winner is kept with the second answer better too": row(1, False, True),
     "an unsafe winner and a safe loser are swapped, and their labels with them": row(
         0, False, True
     ),
-    "the same swap with the second answer better": row(1, True, False),
+    "an unsafe second answer that won is swapped with the safe first one": row(1, True, False),
     "both unsafe: the pair is dropped": row(0, False, False),
     "both unsafe: dropped, although safer_response_id orders them": row(1, False, False, safer=0),
 }
@@ -111,8 +111,8 @@ def slopes(given):
     return [by_winner, [-slope for slope in by_winner]]
 
 
-SAME = [(-40.0, -55.0)]  # policy and reference agree: h is 0
-MOVED, WAS = [(-40.0, -55.0)], [(-42.0, -50.0)]  # 7 nats further apart: βh is 0.7
+SAME = [(-40.0, -55.0)]  # policy and reference agree: their log-ratios are 0
+MOVED, WAS = [(-40.0, -55.0)], [(-42.0, -50.0)]  # 7 nats further apart: z without the margin is 0.7
 SAFE_SAFE, SAFE_UNSAFE, UNSAFE_SAFE, BOTH = [(0, 0)], [(0, 1)], [(1, 0)], [(1, 1)]
 LOSS = {
     "a safe-safe pair costs ln 2 as long as the policy is the reference": pairs(

@@ -1,4 +1,5 @@
-"""SafeDPO on one page: one process, no resuming, no flag but Δ. One or two minutes on a laptop.
+"""A whole run in one short file: one process, no resuming, no flag but Δ. One or two minutes on a
+laptop.
 
     python -m docs.minimal 5
 
@@ -56,7 +57,7 @@ def main(delta, splits=None):
     # SFT on every answer, safe or not: the reference
     answers, _ = data.encode(map(helpful, splits["train"]), tokenizer, 512)
     for optimizer, batch in steps(answers, None, SFT, model):
-        loss = -model(batch.rows).sum() / batch.step_tokens
+        loss = -model(batch.rows).sum() / batch.step_tokens  # the model returns log π of answers
         losses["sft"].append(update(model, optimizer, loss))
 
     # T: keep, swap or drop; then log π_ref of what is left, once
@@ -67,7 +68,7 @@ def main(delta, splits=None):
 
     # SafeDPO (Eq. 12): the reference goes on as the policy
     for optimizer, batch in steps(pairs, ref, SAFEDPO, model):
-        logp_w, logp_l = model(batch.rows).view(-1, 2).T
+        logp_w, logp_l = model(batch.rows).view(-1, 2).T  # a row holds winner and loser
         h = batch.h_w, batch.h_l
         loss = safedpo_loss(logp_w, logp_l, batch.ref_w, batch.ref_l, *h, BETA, delta).mean()
         losses["safedpo"].append(update(model, optimizer, loss))

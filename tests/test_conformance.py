@@ -206,7 +206,11 @@ FAULTS = [  # function, its wrong version, a vector that must fail
     ),
     ("transform", safer_wins, "both safe: helpfulness decides, safer_response_id does not"),
     ("transform", both_unsafe_kept, "both unsafe: the pair is dropped"),
-    ("transform", unsafe_winner_dropped, "the same swap with the second answer better"),
+    (
+        "transform",
+        unsafe_winner_dropped,
+        "an unsafe second answer that won is swapped with the safe first one",
+    ),
     (
         "transform",
         labels_not_swapped,
@@ -230,7 +234,7 @@ FAULTS = [  # function, its wrong version, a vector that must fail
         beta_missing_where_the_winner_is_unsafe,
         "beta weighs pairs with an unsafe winner too (without T)",
     ),
-    ("transform", better_and_safer, "the same with the second answer better"),
+    ("transform", better_and_safer, "both safe: helpfulness decides for the second answer too"),
     ("logps", logits_of_the_first_row, "what fills up a row does not count"),
     ("logps", token_0_fills_up, "token 0 counts inside an answer"),
     ("optimum", penalty_of_50, "no finite penalty is enough"),

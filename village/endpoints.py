@@ -178,7 +178,7 @@ def divergence(p, world, beta):
 
 
 def way(p, world, beta):
-    """(E r − E[r | safe]) / (E* r − E[r | safe]), as eval.py has it, of mean rewards."""
+    """(E r − E[r | safe]) / (E* r − E[r | safe]), of mean rewards, as village/limit.py has it."""
     safe = optimal_policy(world.ref, torch.zeros_like(world.reward), world.unsafe, beta)
     optimum = optimal_policy(world.ref, world.reward, world.unsafe, beta)
     rewards = [(policy * world.reward).sum(-1).mean() for policy in (p, safe, optimum)]

@@ -1,11 +1,18 @@
 """SafeDPO's neighbours in the village: the same data, model, reference and judge, but another loss
 or other pairs.
 
-    python -m village.neighbours bfpo --seed 9 --out_dir runs/bfpo      flags as for train.py
+    python -m village.neighbours bfpo --out_dir runs/bfpo               flags as for train.py
     python -m village.neighbours bfpo --resume --out_dir runs/bfpo      not train.py --resume
-    python -m village.neighbours mocan --init_from runs/x/reference.pt --out_dir runs/mocan
-    python -m village.neighbours p-sacpo runs/helpful runs/second-stage runs/p-sacpo
-    python eval.py runs/bfpo runs/mocan runs/p-sacpo --data toy
+    python -m village.neighbours mocan --init_from runs/bfpo/reference.pt --out_dir runs/mocan
+    python eval.py runs/bfpo runs/mocan --data toy
+
+P-SACPO mixes the policies of two finished runs, here its two stages:
+
+    python train.py --pairs helpful --out_dir runs/first
+    python train.py --pairs harmless --init_from runs/first/policy.pt --out_dir runs/second
+    python -m village.neighbours p-sacpo runs/first runs/second runs/p-sacpo
+
+BSO has no run of its own: it is train.py --pairs helpful --delta C.
 
 The losses are functions of a pair's log-ratios r = log π(y|x) − log π_ref(y|x), in nats, (B,) each,
 of the winner w and the loser l. Where a method says nothing of safety, it gets T's pairs and the
@@ -78,7 +85,10 @@ def dpop(r_w, r_l, margin, beta, penalty):
 
 
 def cal_dpo(r_w, r_l, margin, beta):
-    """−log σ(r_w − r_l − margin/β) + ½[(r_w − 1/(2β))² + (r_l + 1/(2β))²] (Cal-DPO, 2412.14516)."""
+    """−log σ(r_w − r_l − margin/β) + ½[(r_w − 1/(2β))² + (r_l + 1/(2β))²] (Cal-DPO, 2412.14516).
+
+    The ½ is not certain: copies of its code that we saw have none.
+    """
     target = 1 / (2 * beta)
     calibration = ((r_w - target) ** 2 + (r_l + target) ** 2) / 2
     return -F.logsigmoid(r_w - r_l - margin / beta) + calibration
@@ -163,31 +173,32 @@ def interpolated(first, second, q):
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs. Each method is a function of train.py's arguments.
+# Runs. Each method is a function of train.py's arguments. make(config, pairs, tokenizer, reference)
+# makes the loss of train.py's second stage, the same at every step.
 
 
 def on_helpful_pairs(loss):
-    """Train with loss(r_w, r_l, h_w, h_l, beta) on pairs as people ordered them."""
+    """Train with loss(r_w, r_l, h_w, h_l, β) on pairs as people ordered them."""
 
     def make(config, *_):
-        def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, _):
+        def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, numbers):
             return loss(logp_w - ref_w, logp_l - ref_l, h_w, h_l, config.beta)
 
-        return lambda _: train.over_pairs(of_pairs)
+        return lambda done: train.over_pairs(of_pairs)
 
     return lambda argv: train.main([*argv, "--pairs", "helpful"], make)
 
 
 def on_pairs_of_T(loss):
-    """Train with loss(r_w, r_l, margin, logp, beta) on T's pairs."""
+    """Train with loss(r_w, r_l, margin, logp=(logp_w, logp_l), beta=β) on T's pairs."""
 
     def make(config, *_):
-        def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, _):
+        def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, numbers):
             margin = (h_l - h_w) * config.delta
             of = logp_w - ref_w, logp_l - ref_l, margin
             return loss(*of, logp=(logp_w, logp_l), beta=config.beta)
 
-        return lambda _: train.over_pairs(of_pairs)
+        return lambda done: train.over_pairs(of_pairs)
 
     return lambda argv: train.main([*argv, "--pairs", "safedpo"], make)
 
@@ -203,7 +214,7 @@ def with_costs(argv, weight=0.5):
             m_w, m_l = m[numbers].T
             return modpo(logp_w - ref_w, logp_l - ref_l, m_w, m_l, config.beta, weight)
 
-        return lambda _: train.over_pairs(of_pairs)
+        return lambda done: train.over_pairs(of_pairs)
 
     train.main([*argv, "--pairs", "helpful"], make)
 
@@ -222,7 +233,7 @@ def with_information(argv):
             mi_w, mi_l = (torch.stack((ref_w, ref_l), 1) - without[numbers]).T
             return b_dpo(logp_w - ref_w, logp_l - ref_l, margin, mi_w, mi_l, config.beta)
 
-        return lambda _: train.over_pairs(of_pairs)
+        return lambda done: train.over_pairs(of_pairs)
 
     train.main([*argv, "--pairs", "safedpo"], make)
 
@@ -256,7 +267,7 @@ def on_relabelled_pairs(argv, folder, price, seed):
 
 
 def dpo(config, *_):
-    return lambda _: train.preference_loss(config.beta, delta=0.0)
+    return lambda done: train.preference_loss(config.beta, delta=0.0)
 
 
 def with_start(argv):
@@ -311,7 +322,7 @@ def two_stages(q):
 
 
 METHODS = {  # name → a function of the arguments behind it
-    "bfpo": on_helpful_pairs(lambda r_w, r_l, h_w, h_l, beta: bfpo(r_w, r_l, h_w, h_l, beta)),
+    "bfpo": on_helpful_pairs(bfpo),  # τ = β
     "bfpo-tau0.2": on_helpful_pairs(lambda r_w, r_l, h_w, h_l, _: bfpo(r_w, r_l, h_w, h_l, 0.2)),
     "modpo": with_costs,
     "dpop": on_pairs_of_T(lambda *of, logp, beta: dpop(*of, beta, penalty=1.0)),
@@ -333,7 +344,7 @@ def main(argv=None):
             f"village.neighbours: no method is named {method!r}; expected one of "
             f"{', '.join(METHODS)}, then train.py's flags"
         )
-    NAMES.update(dict.fromkeys(METHODS))  # config.json tells the method, and train.py refuses it
+    NAMES.update(dict.fromkeys(METHODS))  # --loss and config.json name it; train.py refuses it
     METHODS[method](rest if "sacpo" in method else [*rest, "--loss", method])
 
 
