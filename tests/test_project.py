@@ -21,7 +21,7 @@ import bench
 import eval as eval_script
 import model
 import train
-from village import endpoints, figures, theory
+from village import endpoints, figures, neighbours, theory
 
 ROOMS = ("lib", "village", "real", "conformance", "docs")
 SCRIPTS = {"train", "eval", "bench"}
@@ -163,14 +163,16 @@ def test_commands_have_flags_that_exist(name):
 def test_experiments_have_flags_that_exist_and_every_run_of_the_tables():
     script = (ROOT / "village" / "experiments.sh").read_text(encoding="utf-8")
     names = {}
-    for group, block in re.findall(r"each (\w+) <<END\n(.*?)\nEND", script, re.S):
+    for group, block in re.findall(r'each (\w+) "\$\w+" <<END\n(.*?)\nEND', script, re.S):
         for name, *flags in map(shlex.split, block.splitlines()):
             parse(TrainConfig, flags)  # exits on what it does not know
-            names.setdefault("xstest" if group == "xstest" else "village", set()).add(name)
+            names.setdefault(group, set()).add(name)
     assert len(names["village"]) > 25
+    names["neighbours"] |= set(re.search("for name in (.*?);", script)[1].split())
+    assert names["neighbours"] == set(neighbours.METHODS)
     for file, _, runs in figures.TABLES.values():
         runs = set(runs) - {"reference", "safe reference", "optimum"}
-        assert runs <= names["xstest" if file == "xstest" else "village"]
+        assert runs <= names.get(file, names["village"]) | {"safedpo-delta5"}
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# All runs behind the tables and pictures: three seeds, and all runs of a seed share one reference.
+# All runs behind the tables and pictures: ten seeds, and all runs of a seed share one reference.
 #
 #     village/experiments.sh            prints each command before it runs; skips finished runs
 #     CORES=8 village/experiments.sh    8 runs at a time, one thread each (default: all cores)
+#     SEEDS="20 21" village/experiments.sh
+#         other seeds than 0 to 9; the tables are of all seeds in runs/experiments
 #     XSTEST=folder village/experiments.sh
 #         also trains on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format. The folder
 #         is absolute, or relative to the project's folder.
@@ -10,7 +12,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=runs/experiments results=village/results cores=${CORES:-$(nproc)}
 export OMP_NUM_THREADS=1  # after nproc, which reads it
-seeds="9 10 11"
+all=$(echo ${SEEDS:-0 1 2 3 4 5 6 7 8 9})
+three=$(cut -d " " -f 1-3 <<< "$all")
 mkdir -p $out/logs $results
 python -c "import matplotlib" || {
     echo "village/experiments.sh: the pictures need matplotlib: pip install matplotlib" >&2
@@ -23,34 +26,31 @@ stop() {  # stop LOG: show the error of a run; the status 255 makes xargs stop t
 }
 
 run() {  # run GROUP SEED NAME FLAGS…: start this run, or resume it
-    local folder=$out/$1/seed$2/$3 log=$out/logs/$1-seed$2-$3 command
-    command=(python train.py --seed "$2" --out_dir "$folder" "${@:4}")
+    local folder=$out/$1/seed$2/$3 log=$out/logs/$1-seed$2-$3 command=(python train.py)
+    [ "$1" = neighbours ] && command=(python -m village.neighbours "$3")
+    command+=(--seed "$2" --out_dir "$folder" "${@:4}")
     [ -f "$folder/config.json" ] && command+=(--resume)
     if [ ! -f "$folder/eval.json" ]; then
         echo "${command[*]}"
         "${command[@]}" > "$log.txt" 2> "$log.err" || stop "$log.err"
     fi
-    if [[ $1 = village && $3 != limit-* && ! -f "$folder/eval-splitunseen.json" ]]; then
-        python eval.py "$folder" --split unseen > "$log-unseen.txt" 2>> "$log.err" ||
-            stop "$log.err"
-    fi
 }
 export -f run stop
 
-each() {  # each GROUP: read lines of NAME FLAGS…, and run each line for all seeds
+each() {  # each GROUP SEEDS: read lines of NAME FLAGS…, and run each line for all these seeds
     while read -r line; do
-        for seed in $seeds; do
+        for seed in $2; do
             echo "$1 $seed ${line//SEED/$seed}"
         done
     done | xargs -P "$cores" -L 1 bash -c 'run "$@"' run
 }
 
 # The first run of a seed also trains the reference by SFT. The other runs reuse this reference.
-each village <<END
+each village "$all" <<END
 safedpo-delta5
 END
 
-each village <<END
+each village "$all" <<END
 dpo-helpful --pairs helpful
 dpo-harmless --pairs harmless
 dpo-safebetter --pairs safebetter
@@ -68,15 +68,20 @@ noswap-delta10 --pairs noswap --delta 10
 noise10 --label_noise 0.1
 noise20 --label_noise 0.2
 noise40 --label_noise 0.4
+squared --loss squared
+hinge --loss hinge
+robust --loss robust
+anchored --anchor 2 --epochs 4 --lr 8e-4
 END
 
 # SACPO's second stage, for safety. Its reference is the policy of the first stage, dpo-helpful.
-each village <<END
+each village "$all" <<END
 sacpo --pairs harmless --init_from $out/village/seedSEED/dpo-helpful/policy.pt
 END
 
-# What keeps SafeDPO from its optimum? The runs limit-… change one setting of the defaults. The last
-# one has four times the pairs, and the same reference.
+# What keeps SafeDPO from its optimum? The runs limit-… change one setting of the defaults or two.
+# Only three layers need another reference. The last run has four times the pairs. Adapters begin at
+# the same reference too.
 python - $out/village36000 <<END
 import json, os, sys
 from village import world
@@ -88,30 +93,57 @@ for split, rows in splits.items():
         f.writelines(json.dumps(row) + "\n" for row in rows)
 END
 reference=$out/village/seedSEED/safedpo-delta5/reference.pt
-each village <<END
+each village "$all" <<END
+adapted --init_from $reference --lora_rank 8 --lr 2e-3
 limit-lr2e-4 --lr 2e-4
 limit-lr8e-4 --lr 8e-4
 limit-epochs4 --epochs 4
 limit-epochs4-lr1e-4 --epochs 4 --lr 1e-4
+limit-epochs4-lr8e-4 --epochs 4 --lr 8e-4
 limit-batch16-lr1.5e-4 --batch_size 16 --lr 1.5e-4
-limit-warmup0.03 --warmup 0.03
-limit-decay0 --weight_decay 0
+limit-warmup0.03 --warmup 0.03 --init_from $reference
+limit-decay0 --weight_decay 0 --init_from $reference
 limit-layers3 --n_layer 3
 limit-rows36000 --data $out/village36000 --init_from $reference
 END
 
-# [!l]*: not the runs limit-…
+each neighbours "$three" <<END
+bfpo --init_from $reference
+bfpo-tau0.2 --init_from $reference
+modpo --init_from $reference
+dpop --init_from $reference
+cal-dpo --init_from $reference
+see-dpo --init_from $reference
+stable-po --init_from $reference
+b-dpo --init_from $reference
+mocan --init_from $reference
+c-dpo --init_from $reference
+END
+for seed in $three; do
+    for name in sacpo p-sacpo; do  # made of weights that are there, in a moment
+        folder=$out/neighbours/seed$seed/$name
+        rm -rf "$folder"
+        python -m village.neighbours $name $out/village/seed"$seed"/{dpo-helpful,sacpo} "$folder"
+    done
+done
+
+# Figures for figures.py. [!l]*: not the runs limit-…
 python eval.py $out/village/*/[!l]* --json $results/village.json > $out/logs/village.txt
-python eval.py $out/village/*/[!l]* --split unseen \
-    --json $results/unseen.json > $out/logs/unseen.txt
-python eval.py $out/village/*/safedpo-delta{0,5} $out/village/*/limit-* --data toy \
+python eval.py $out/village/*/{dpo-helpful,dpo-harmless,noswap-delta5,safedpo-delta5,anchored} \
+    --split unseen --json $results/unseen.json > $out/logs/unseen.txt
+python eval.py $out/village/*/{safedpo-delta0,safedpo-delta5,anchored,limit-*} --data toy \
     --json $results/limit.json > $out/logs/limit.txt
+judged=$(ls -d $out/neighbours/*/* | grep -v -e -data -e -round)
+for seed in $three; do
+    judged+=" $out/village/seed$seed/safedpo-delta5"
+done
+python eval.py $judged --data toy --json $results/neighbours.json > $out/logs/neighbours.txt
 
 if [ -n "${XSTEST:-}" ]; then
-    each xstest <<END
+    each xstest "$all" <<END
 safedpo-delta5 --data $XSTEST
 END
-    each xstest <<END
+    each xstest "$all" <<END
 dpo-helpful --data $XSTEST --pairs helpful
 dpo-harmless --data $XSTEST --pairs harmless
 noswap-delta5 --data $XSTEST --pairs noswap --delta 5
@@ -120,6 +152,7 @@ END
 fi
 
 python -m village.theory --json $results/theory.json > $out/logs/theory.txt
+python -m village.endpoints --json $results/endpoints.json > $out/logs/endpoints.txt
 python -m village.figures --runs $out/village
 
 processor=$(grep -m 1 -o "model name.*" /proc/cpuinfo | cut -d: -f2- || true)

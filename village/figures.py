@@ -60,9 +60,26 @@ TITLES = {  # run → its name in tables and pictures; `title` makes the names o
     "noise10": "SafeDPO, Δ = 5, 10 % of the flags wrong",
     "noise20": "SafeDPO, Δ = 5, 20 % of the flags wrong",
     "noise40": "SafeDPO, Δ = 5, 40 % of the flags wrong",
+    "anchored": "SafeDPO, Δ = 5, anchored",
+    "adapted": "SafeDPO, Δ = 5, adapters of rank 8",
+    "squared": "squared loss (IPO), Δ = 5",
+    "hinge": "hinge loss, Δ = 5",
+    "robust": "robust loss, ε = 0.1, Δ = 5",
+    "bfpo": "BFPO, τ = β",
+    "bfpo-tau0.2": "BFPO, τ = 0.2",
+    "modpo": "MODPO, m = −cost",
+    "p-sacpo": "P-SACPO, q = ½",
+    "dpop": "DPOP, λ = 1",
+    "cal-dpo": "Cal-DPO",
+    "stable-po": "Stable PO, weight 0.3",
+    "see-dpo": "SEE-DPO, γ = 0.2",
+    "b-dpo": "B-DPO",
+    "mocan": "MoCAN",
+    "c-dpo": "C-DPO, four rounds",
     "limit-lr2e-4": "half the step size",
     "limit-lr8e-4": "twice the step size",
     "limit-epochs4": "four times the steps",
+    "limit-epochs4-lr8e-4": "four times the steps, twice their size",
     "limit-epochs4-lr1e-4": "four times the steps, a quarter of their size",
     "limit-batch16-lr1.5e-4": "batches of 16 at 1.5e-4",
     "limit-warmup0.03": "warm-up over 3 % of the steps, not 30",
@@ -92,6 +109,7 @@ METHODS = {  # run → its (colour, marker) in the picture of the methods
     "safedpo-delta0": (BLUE, "d"),
     "safedpo-delta5": (BLUE, "o"),
     "safedpo-delta10": (BLUE, "*"),
+    "anchored": (BLUE, "h"),
 }
 DELTAS = (0, 2, 5, 10, 20, 50)
 BY_DELTA = {  # method → {Δ: run}
@@ -104,14 +122,34 @@ BY_DELTA = {  # method → {Δ: run}
 BASELINES = ("DPO-HELPFUL", "DPO-HARMLESS", "DPO-SAFEBETTER")
 BY_NOISE = {0: "safedpo-delta5", 10: "noise10", 20: "noise20", 40: "noise40"}  # % of wrong flags
 TRAINED = ("dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5")
-COMPARED = ("reference", "optimum", *TRAINED)
+COMPARED = ("reference", "optimum", *TRAINED, "anchored")
 LIMITS = tuple(run for run in TITLES if run.startswith("limit-"))
+LOSSES = ("safedpo-delta5", "squared", "hinge", "robust", "anchored")
+NEIGHBOURS = (
+    "bfpo",
+    "bfpo-tau0.2",
+    "modpo",
+    "c-dpo",
+    "mocan",
+    "sacpo",
+    "p-sacpo",
+    "dpop",
+    "cal-dpo",
+    "stable-po",
+    "see-dpo",
+    "b-dpo",
+)
 
 QUALITY = ("harmless %", "helpfulness", "over-refusal %", "degenerate %")
 RESULT = (*QUALITY, "KL")
 DISTANCE = ("KL to the optimum", "on benign requests", "on harmful requests")
+PLACE = (*QUALITY, "way %", "KL to the optimum")
 TABLES = {  # name on the page → (file in village/results, headings, runs)
-    "glance": ("village", QUALITY, ("reference", "optimum", "dpo-helpful", "safedpo-delta5")),
+    "glance": (
+        "village",
+        QUALITY,
+        ("reference", "optimum", "dpo-helpful", "safedpo-delta5", "anchored"),
+    ),
     "methods": (
         "village",
         RESULT,
@@ -128,12 +166,15 @@ TABLES = {  # name on the page → (file in village/results, headings, runs)
         (*BY_DELTA["NoSwap"].values(), *(BY_DELTA[method][10] for method in BASELINES)),
     ),
     "noise": ("village", RESULT, tuple(BY_NOISE.values())),
+    "losses": ("village", PLACE, LOSSES),
+    "neighbours": ("neighbours", PLACE, ("safedpo-delta5", *NEIGHBOURS)),
+    "adapters": ("village", PLACE, ("safedpo-delta5", "adapted")),
     "unseen": ("unseen", RESULT, COMPARED),
     "xstest": ("xstest", ("safe-safe %", "safe-unsafe %", "degenerate %", "KL"), TRAINED),
     "limit": (
         "limit",
         (*DISTANCE, "way %", "harmless %", "over-refusal %", "refusal %"),
-        ("optimum", "safe reference", "safedpo-delta5", "safedpo-delta0", *LIMITS),
+        ("optimum", "safe reference", "safedpo-delta5", "safedpo-delta0", "anchored", *LIMITS),
     ),
 }
 
@@ -148,7 +189,7 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------
-# Raw figures → means over seeds
+# Raw figures → medians over seeds
 
 
 def load(name):
@@ -181,11 +222,12 @@ def figures_of(runs, run):
     "reference", "safe reference" and "optimum" are those of the runs safedpo-delta5.
     """
     shared = run in ("reference", "safe reference", "optimum")
-    if not shared and run not in runs:
+    name = "safedpo-delta5" if shared else run
+    if name not in runs:
         raise ValueError(
-            f"village/results/: no run is named {run}; expected those of village/experiments.sh"
+            f"village/results/: no run is named {name}; expected those of village/experiments.sh"
         )
-    results = runs["safedpo-delta5" if shared else run]
+    results = runs[name]
     if run in ("reference", "optimum"):
         return [result[run] for result in results]
     figures = safe_reference if run == "safe reference" else policy
@@ -193,11 +235,11 @@ def figures_of(runs, run):
 
 
 def over_seeds(figures, name, factor=1):
-    """(mean, standard deviation over seeds), or None where some seed has no such figure."""
+    """(median, least, greatest over seeds), or None where some seed has no such figure."""
     if not all(seed.get(name) for seed in figures):
         return None
     values = [factor * seed[name]["value"] for seed in figures]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.median(values), min(values), max(values)
 
 
 def training_rows(log):
@@ -212,7 +254,9 @@ def log_ratios(seeds, kind, beta):
     curves = {}
     for name, answer in (("winner", "chosen"), ("loser", "rejected")):
         reward = f"{kind}/rewards/{answer}"
-        curves[name] = [statistics.mean(row[reward] / beta for row in rows) for rows in zip(*seeds)]
+        curves[name] = [
+            statistics.mean(row[reward] / beta for row in rows) for rows in zip(*seeds, strict=True)
+        ]
     return curves
 
 
@@ -250,10 +294,14 @@ def title(run):
 
 
 def cell(figures, heading):
-    """The mean ± standard deviation of the figure under that heading, or "–" without one."""
+    """ "median (least–greatest)" of the figure under that heading, or "–" without one."""
     name, factor, digits = FIGURES[heading]
-    pair = over_seeds(figures, name, factor)
-    return "–" if pair is None else f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+    found = over_seeds(figures, name, factor)
+    if found is None:
+        return "–"
+    median, least, greatest = (f"{value:.{digits}f}" for value in found)
+    to = " to " if "-" in least + greatest else "–"
+    return f"{median} ({least}{to}{greatest})"
 
 
 def paper_columns(runs, names):
@@ -268,7 +316,7 @@ def paper_columns(runs, names):
 
 
 def table(name):
-    """One of TABLES as Markdown: one line for each run, means ± standard deviations over seeds."""
+    """One of TABLES as Markdown: one line for each run, medians and ranges over seeds."""
     file, headings, names = TABLES[name]
     runs = load(file)
     rows = [["", *headings]]
@@ -293,36 +341,83 @@ def mark_level(panel, y, text, x, align):
 
 
 def draw_points(panel, x, values, style, **options):
-    """A series of values = [(mean, standard deviation)] with their error bars."""
+    """A series of values = [(median, least, greatest)] with bars over their ranges."""
     colour, marker, dash = style
-    means, spreads = zip(*values)
+    medians = [median for median, *_ in values]
     options = {"color": colour, "marker": marker, "linestyle": dash, "capsize": 2} | options
-    panel.errorbar(x, means, spreads, **options)
+    panel.errorbar(x, medians, bars(values), **options)
+
+
+def bars(values):
+    """[distances down, distances up] of [(median, least, greatest)], as matplotlib wants them."""
+    down = [median - least for median, least, _ in values]
+    return [down, [greatest - median for median, _, greatest in values]]
 
 
 def draw_methods():
     """Helpfulness against harmless ratio, in the village and in the paper (its Fig. 2)."""
     figure, ((village, paper),) = canvas(1, 2, (10, 4.6))
-    zoom = village.inset_axes([0.65, 0.22, 0.2, 0.3], xlim=(97.3, 100.4), ylim=(2.02, 2.26))
+    zoom = village.inset_axes([0.65, 0.22, 0.2, 0.3], xlim=(97.3, 100.4), ylim=(1.96, 2.28))
     village.indicate_inset_zoom(zoom, edgecolor=GREY)
     zoom.tick_params(labelsize=7)
     runs, handles = load("village"), []
     for run, (colour, marker) in METHODS.items():
         figures = figures_of(runs, run)
-        x, x_spread = over_seeds(figures, "harmless_ratio", 100)
-        y, y_spread = over_seeds(figures, "helpfulness")
+        x, y = over_seeds(figures, "harmless_ratio", 100), over_seeds(figures, "helpfulness")
         style = {"color": colour, "marker": marker, "linestyle": "", "markersize": 8}
         style["label"] = title(run)
         for panel in (village, zoom):
-            panel.errorbar(x, y, xerr=x_spread, yerr=y_spread, capsize=2, **style)
+            panel.errorbar(x[0], y[0], xerr=bars([x]), yerr=bars([y]), capsize=2, **style)
         handles += village.plot([], [], **style)
         if run in PAPER:
             paper.plot(*PAPER[run], **style)
-    village.set_title("the village: mean ± standard deviation, three seeds")
+    village.set_title(f"the village: median and range, {len(figures)} seeds")
     village.set(xlabel="harmless ratio (%)", ylabel="helpfulness (mean reward)")
     paper.set_title("the paper: 7B models, PKU-SafeRLHF-30K")
     paper.set(xlabel="harmless ratio (%)", ylabel="helpfulness (SFT = 0, DPO-HELPFUL = 10)")
     village.legend(handles=handles, fontsize=8, loc="lower left")
+    return figure
+
+
+def draw_field():
+    """Every method's place: help against safety, and way against the distance to the optimum."""
+    figure, ((left, right),) = canvas(1, 2, (11, 6.4))
+    zoom = left.inset_axes([0.08, 0.07, 0.4, 0.42], xlim=(97.8, 100.3), ylim=(1.94, 2.27))
+    left.indicate_inset_zoom(zoom, edgecolor=GREY)
+    zoom.tick_params(labelsize=7)
+    village, neighbours = load("village"), load("neighbours")
+    groups = (  # runs, their file, colour, marker
+        (("reference", "safe reference", "optimum"), village, BLACK, "s"),
+        (("safedpo-delta0", "safedpo-delta5", "safedpo-delta10", "anchored"), village, BLUE, "o"),
+        (("squared", "hinge", "robust"), village, SKY, "D"),
+        (("dpo-helpful", "dpo-harmless", "dpo-safebetter", "noswap-delta5"), village, ORANGE, "^"),
+        (NEIGHBOURS, neighbours, VERMILION, "v"),
+    )
+    places = ((left, ("harmless %", "helpfulness")), (right, ("KL to the optimum", "way %")))
+    number = 0
+    for names, runs, colour, marker in groups:
+        for run in names:
+            number += 1
+            figures = figures_of(runs, run)
+            style = {"color": colour, "marker": marker, "linestyle": ""}
+            left.plot([], [], label=f"{number}  {title(run)}", **style)
+            # Others are pale on the right, where their rewards are of unsafe answers too.
+            safe = over_seeds(figures, "harmless_ratio", 100)[0] >= 95
+            for panel, headings in (*places, (zoom, places[0][1])):
+                found = [over_seeds(figures, *FIGURES[heading][:2]) for heading in headings]
+                if None in found:
+                    continue
+                x, y = (median for median, *_ in found)
+                panel.plot(x, y, alpha=1 if safe or panel is not right else 0.35, **style)
+                beside = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8}
+                if panel is not left or not (97.8 < x < 100.3 and 1.94 < y < 2.27):
+                    panel.annotate(str(number), (x, y), clip_on=True, **beside)
+    left.set(xlabel="harmless ratio (%)", ylabel="helpfulness (mean reward)")
+    right.set(xscale="log", xlabel="KL to the optimum (nats)", ylabel="way (%)")
+    right.set_xticks((0.1, 0.2, 0.5, 1, 2, 5), ("0.1", "0.2", "0.5", "1", "2", "5"))
+    right.minorticks_off()
+    right.set_title("pale: less than 95 % harmless", fontsize=9)
+    figure.legend(ncols=3, fontsize=8, loc="outside lower center")
     return figure
 
 
@@ -398,7 +493,7 @@ def draw_noise():
         values = [over_seeds(figures_of(runs, run), name, 100) for run in BY_NOISE.values()]
         draw_points(panel, list(BY_NOISE), values, style)
         panel.set_xlabel("training flags that are wrong (%)")
-        level, _ = over_seeds(figures_of(runs, "reference"), name, 100)
+        level, *_ = over_seeds(figures_of(runs, "reference"), name, 100)
         mark_level(panel, level, "reference", 40, "right")
     harmless.set_title("SafeDPO, Δ = 5: harmless ratio (%)")
     refusing.set_title("SafeDPO, Δ = 5: over-refusal (%)")
@@ -483,6 +578,7 @@ def draw_endpoints():
 
 PICTURES = {
     "methods": draw_methods,
+    "field": draw_field,
     "deltas": draw_deltas,
     "curves": draw_curves,
     "noise": draw_noise,
