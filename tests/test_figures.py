@@ -59,6 +59,13 @@ def test_training_curves_are_log_ratios_and_means_over_seeds(tmp_path):
         figures.collect(tmp_path / "seed1")
 
 
+@pytest.mark.parametrize(
+    "name, n", [("village", 10), ("unseen", 10), ("limit", 10), ("neighbours", 3), ("xstest", 3)]
+)
+def test_every_run_has_as_many_seeds_as_the_page_says(name, n):
+    assert {len(results) for results in figures.load(name).values()} == {n}
+
+
 def test_the_pages_tables_are_the_results():
     texts = [page.read_text(encoding="utf-8") for page in pages.pages()]
     shown = {name for text in texts for name in re.findall("<!-- table: (.+?) -->", text)}

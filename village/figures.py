@@ -354,12 +354,18 @@ def bars(values):
     return [down, [greatest - median for median, _, greatest in values]]
 
 
+def inset(panel, place, xlim, ylim):
+    """A part of the panel, enlarged within it. place: left, bottom, width, height; shares of it."""
+    zoom = panel.inset_axes(place, xlim=xlim, ylim=ylim)
+    panel.indicate_inset_zoom(zoom, edgecolor=GREY)
+    zoom.tick_params(labelsize=7)
+    return zoom
+
+
 def draw_methods():
     """Helpfulness against harmless ratio, in the village and in the paper (its Fig. 2)."""
     figure, ((village, paper),) = canvas(1, 2, (10, 4.6))
-    zoom = village.inset_axes([0.65, 0.22, 0.2, 0.3], xlim=(97.3, 100.4), ylim=(1.96, 2.28))
-    village.indicate_inset_zoom(zoom, edgecolor=GREY)
-    zoom.tick_params(labelsize=7)
+    zoom = inset(village, [0.65, 0.22, 0.2, 0.3], xlim=(97.3, 100.4), ylim=(1.96, 2.28))
     runs, handles = load("village"), []
     for run, (colour, marker) in METHODS.items():
         figures = figures_of(runs, run)
@@ -382,9 +388,7 @@ def draw_methods():
 def draw_field():
     """Every method's place: help against safety, and way against the distance to the optimum."""
     figure, ((left, right),) = canvas(1, 2, (11, 6.4))
-    zoom = left.inset_axes([0.08, 0.07, 0.4, 0.42], xlim=(97.8, 100.3), ylim=(1.94, 2.27))
-    left.indicate_inset_zoom(zoom, edgecolor=GREY)
-    zoom.tick_params(labelsize=7)
+    zoom = inset(left, [0.08, 0.07, 0.4, 0.42], xlim=(97.8, 100.3), ylim=(1.94, 2.27))
     village, neighbours = load("village"), load("neighbours")
     groups = (  # runs, their file, colour, marker
         (("reference", "safe reference", "optimum"), village, BLACK, "s"),
@@ -410,7 +414,7 @@ def draw_field():
                 x, y = (median for median, *_ in found)
                 panel.plot(x, y, alpha=1 if safe or panel is not right else 0.35, **style)
                 beside = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8}
-                if panel is not left or not (97.8 < x < 100.3 and 1.94 < y < 2.27):
+                if panel is not left or not zoom.viewLim.contains(x, y):
                     panel.annotate(str(number), (x, y), clip_on=True, **beside)
     left.set(xlabel="harmless ratio (%)", ylabel="helpfulness (mean reward)")
     right.set(xscale="log", xlabel="KL to the optimum (nats)", ylabel="way (%)")
