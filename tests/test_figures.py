@@ -60,7 +60,7 @@ def test_training_curves_are_log_ratios_and_means_over_seeds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, n", [("village", 10), ("unseen", 10), ("limit", 10), ("neighbours", 3), ("xstest", 3)]
+    "name, n", [("village", 10), ("unseen", 10), ("limit", 10), ("neighbours", 3), ("xstest", 10)]
 )
 def test_every_run_has_as_many_seeds_as_the_page_says(name, n):
     assert {len(results) for results in figures.load(name).values()} == {n}

@@ -7,7 +7,7 @@
 #         other seeds than 0 to 9; the tables are of all seeds in runs/experiments
 #     XSTEST=folder village/experiments.sh
 #         also trains on pairs of answers to XSTest's prompts, in PKU-SafeRLHF's format. The folder
-#         is absolute, or relative to the project's folder.
+#         is absolute, or relative to the project's folder, and has no space in its name.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=runs/experiments results=village/results cores=${CORES:-$(nproc)}
