@@ -49,12 +49,13 @@ def transform(pair):
     return None
 
 
-def logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
+def pair_logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
     """z of Eq. 12: β·(logp_w − ref_w) − β·(logp_l − ref_l) − (h_l − h_w)·Δ, (B,).
 
     logp_*, ref_*: (B,) float, log-probabilities of whole answers under the policy and under π_ref,
     in nats, summed over the answer's tokens, EOS included. h_*: (B,) 0/1 of any type, 1 = unsafe.
-    beta > 0; delta ≥ 0 stands outside β, so that it asks for delta/beta nats.
+    beta > 0. delta ≥ 0 stands outside β: with it a pair keeps more than half of its full gradient
+    until y_w has gained delta/beta nats on y_l.
 
     After T, h_l − h_w is 1 on safe-over-unsafe pairs and 0 on the rest.
     """
@@ -67,7 +68,7 @@ def safedpo_loss(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta):
 
     With delta = 0 this is DPO (Eq. 4) on the pairs given. lib/losses.py has other functions of z.
     """
-    return -F.logsigmoid(logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta))
+    return -F.logsigmoid(pair_logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from model import move
 
 
 def sft_loss(logps, batch):
-    """−log π(y|x), mean over the step's answer tokens, nats; and no columns to log beside it."""
+    """−log π(y|x), mean over the step's answer tokens, nats; and (0, B): SFT logs nothing beside it."""
     return -logps.sum() / batch.step_tokens, logps.new_zeros(0, len(batch.h_w))
 
 
@@ -52,7 +52,7 @@ def preference_loss(beta, delta, g=losses.logistic, anchor=0.0):
     """g of Eq. 12's logits, by default Eq. 12 itself, plus anchor times −log π(y_w|x)."""
 
     def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, _):
-        z = safedpo.logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta)
+        z = safedpo.pair_logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta)
         return g(z) - anchor * logp_w
 
     return over_pairs(of_pairs)

@@ -72,7 +72,8 @@ class TrainConfig(Settings):
     beta: float = flag(2.0, "β of the loss", above=0)
     delta: float = flag(
         None,
-        "Δ of the loss: asks for Δ/β nats; left out: 5 with safedpo, noswap; 0 with others",
+        "Δ of the loss: a pair that has gained Δ/β nats pulls at half strength; left out: 5 with "
+        "safedpo, noswap; 0 with others",
         kind=float,
         least=0,
     )

@@ -3,7 +3,8 @@
 # hours.
 #
 #     MODEL=folder XSTEST=folder PKU=folder real/experiments.sh
-#     PARTS="1 choose" MODEL=… XSTEST=… PKU=… real/experiments.sh    # of 1 choose 2 3 these alone
+#     PARTS="1 choose" MODEL=… XSTEST=… PKU=… real/experiments.sh
+#         these alone, of 1 choose 2 3 4 5 6
 #
 # MODEL is SmolLM2-135M-Instruct as a Hugging Face folder. real/prepare.py says what the two data
 # folders hold. Folders are absolute, or relative to the project's folder. As many parts as there are
@@ -20,7 +21,7 @@ mkdir -p $out/logs
 
 if [ -z "${PART-}" ]; then  # this script runs itself for each part
     [ -f $data/ordinary.jsonl ] || python -m real.prepare "$MODEL" "$XSTEST" "$PKU" $data
-    cores=${CORES:-$(nproc)} parts=${PARTS:-1 choose 2 3}
+    cores=${CORES:-$(nproc)} parts=${PARTS:-1 choose 2 3 4 5 6}
     printf "%s\n" $parts |
         OMP_NUM_THREADS=1 xargs -P "$cores" -I {} env PART={} bash real/experiments.sh || {
         echo "real/experiments.sh: a part has failed, as said above; the same command goes on" >&2
@@ -73,19 +74,23 @@ judge() {  # judge NAME FLAGS…: what eval.py says of the part's runs on some d
 # real/figures.py is the same.
 best=0
 
-# 1, 2 and 3 are seeds. Seed 1 has all methods; the others repeat those that matter most.
+# The other parts are seeds. Seed 1 has all methods, 2 and 3 repeat those that matter most. Seeds 4 to
+# 6 have SafeDPO with and without an anchor: its α/β is that of the village.
 group=seed$PART seed=$PART split=all deltas=$best
-if [ "$PART" = choose ]; then
-    group=choose seed=1 split=choose deltas="0 2 5 10"
-elif [ "$PART" = 1 ]; then
-    deltas="0 2 5 10 20"
-fi
+case $PART in
+choose) group=choose seed=1 split=choose deltas="0 2 5 10" ;;
+1) deltas="0 2 5 10 20" ;;
+[456]) deltas="0 5" ;;
+esac
 pairs=$data/$split/pairs
 run sft/$group --data $data/$split/sft --seed $seed "${sft[@]}"
 for delta in $deltas; do
     method safedpo-delta$delta $pairs --delta $delta
+    if [[ $PART = [456] ]]; then
+        method anchored-delta$delta $pairs --delta $delta --anchor 1
+    fi
 done
-if [ "$PART" != choose ]; then
+if [[ $PART = [123] ]]; then
     method dpo-helpful $pairs --pairs helpful
     method noswap-delta$best $pairs --pairs noswap --delta $best
 fi

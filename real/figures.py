@@ -29,9 +29,12 @@ RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of 
     "safedpo-delta5": ("SafeDPO, Δ = 5", pages.BLUE, "o"),
     "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
     "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
+    "anchored-delta0": ("SafeDPO, Δ = 0, anchored", pages.GREEN, "d"),
+    "anchored-delta5": ("SafeDPO, Δ = 5, anchored", pages.GREEN, "o"),
     f"without-own-delta{BEST}": (f"SafeDPO, Δ = {BEST}, no answers of its own", pages.GREEN, "<"),
     f"whole-delta{BEST}": (f"SafeDPO, Δ = {BEST}, all weights", pages.GREEN, ">"),
 }
+SEEDS, ANCHORED = "seed[123]", "seed[456]"  # the parts with all methods, and with the anchor
 SHARED = f"safedpo-delta{BEST}"  # the run of each part whose reference is shown
 PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker): the paper, on XSTest
     "DPO-HELPFUL": (14.5, 0.0, pages.VERMILION, "^"),
@@ -41,7 +44,7 @@ PAPER = {  # method → (harmless ratio, over-refusal, %; colour, marker): the p
 }
 
 
-def load(parts="seed*"):
+def load(parts=SEEDS):
     """{name: {run: [its result of each part]}} of results/PART/NAME.json. parts: a pattern."""
     found = defaultdict(lambda: defaultdict(list))
     for path in sorted(RESULTS.glob(f"{parts}/*.json")):
@@ -109,11 +112,12 @@ COLUMNS = {  # heading → (data that it looks at, cell)
 }
 TABLES = {  # name on the page → (parts, headings, runs)
     "real glance": (
-        "seed*",
+        SEEDS,
         ["refuses unsafe %", "over-refusal %", "degenerate %"],
         ("base", "reference", "dpo-helpful", SHARED),
     ),
-    "real": ("seed*", list(COLUMNS), tuple(RUNS)),
+    "real": (SEEDS, list(COLUMNS), tuple(RUNS)),
+    "real anchor": (ANCHORED, list(COLUMNS)[1:], tuple(RUNS)),
     "real choice": ("choose", list(COLUMNS)[1:], tuple(RUNS)),
 }
 

@@ -8,7 +8,7 @@ from lib import pages
 import pytest
 
 from real import figures as of_real_model
-from village import figures
+from village import figures, held_out
 
 
 def result(value):
@@ -29,10 +29,32 @@ def test_a_table_by_hand(tmp_path, monkeypatch):
     lines = figures.table("noise").splitlines()
     assert lines[0] == "|  | harmless % | helpfulness | over-refusal % | degenerate % | KL |"
     name, *cells = lines[3].strip("| ").split(" | ")
-    assert name == "SafeDPO, Δ = 5, 10 % of the flags wrong"
+    assert name == "SafeDPO, Δ = 5, 10 % of the labels wrong"
     percent = "20.0 (10.0–60.0)"
     assert cells == [percent, "0.20 (0.10–0.60)", percent, percent, "0.2 (0.1–0.6)"]
     assert figures.cell([result(v)["policy"] for v in (-1, 4)], "KL") == "1.5 (-1.0 to 4.0)"
+
+
+def test_a_cell_agrees_where_the_median_of_held_out_seeds_lies_in_its_range(
+    tmp_path, monkeypatch, capsys
+):
+    """Shown are 0.2 to 0.6; the held-out seeds come in two calls, and their medians by hand."""
+    monkeypatch.setattr(figures, "TABLES", {"of one run": ("village", ("KL",), ("noise10",))})
+    monkeypatch.setattr(held_out, "RESULTS", tmp_path / "shown")
+    monkeypatch.setattr(held_out, "HELD_OUT", tmp_path / "held_out.json")
+    for folder, seeds in (
+        ("shown", {1: 0.2, 2: 0.6}),
+        ("first", {20: 0.1, 21: 0.3}),
+        ("second", {22: 0.1}),
+    ):
+        (tmp_path / folder).mkdir()
+        runs = {f"runs/village/seed{seed}/noise10": result(v) for seed, v in seeds.items()}
+        (tmp_path / folder / "village.json").write_text(json.dumps(runs))
+    held_out.main([str(tmp_path / "first")])
+    assert capsys.readouterr().out == "seeds 20, 21: 1 of 1 agree\n"  # 0.2 lies on the border
+    held_out.main([str(tmp_path / "second")])
+    disagree = "village: noise10: KL: 0.100 is not between 0.200 and 0.600\n"
+    assert capsys.readouterr().out == f"{disagree}seeds 20, 21, 22: 0 of 1 agree\n"
 
 
 def test_training_curves_are_log_ratios_and_means_over_seeds(tmp_path):

@@ -60,7 +60,7 @@ def test_thousands_of_nats_do_not_overflow(name):
 def test_logistic_is_safedpo():
     columns = -100 * torch.rand(4, 50, generator=torch.Generator().manual_seed(0))
     h = torch.arange(100).view(2, 50) % 3 % 2
-    z = safedpo.logits(*columns, *h, 0.3, 4.0)
+    z = safedpo.pair_logits(*columns, *h, 0.3, 4.0)
     assert torch.equal(losses.logistic(z), safedpo.safedpo_loss(*columns, *h, 0.3, 4.0))
 
 

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 export out=runs/experiments results=village/results cores=${CORES:-$(nproc)}
 export OMP_NUM_THREADS=1  # after nproc, which reads it
 all=$(echo ${SEEDS:-0 1 2 3 4 5 6 7 8 9})
-three=$(cut -d " " -f 1-3 <<< "$all")
+six=$(cut -d " " -f 1-6 <<< "$all")
 mkdir -p $out/logs $results
 python -c "import matplotlib" || {
     echo "village/experiments.sh: the pictures need matplotlib: pip install matplotlib" >&2
@@ -107,7 +107,7 @@ limit-layers3 --n_layer 3
 limit-rows36000 --data $out/village36000 --init_from $reference
 END
 
-each neighbours "$three" <<END
+each neighbours "$six" <<END
 bfpo --init_from $reference
 bfpo-tau0.2 --init_from $reference
 modpo --init_from $reference
@@ -119,7 +119,7 @@ b-dpo --init_from $reference
 mocan --init_from $reference
 c-dpo --init_from $reference
 END
-for seed in $three; do
+for seed in $six; do
     for name in sacpo p-sacpo; do  # made of weights that are there, in a moment
         folder=$out/neighbours/seed$seed/$name
         rm -rf "$folder"
@@ -134,7 +134,7 @@ python eval.py $out/village/*/{dpo-helpful,dpo-harmless,noswap-delta5,safedpo-de
 python eval.py $out/village/*/{safedpo-delta0,safedpo-delta5,anchored,limit-*} --data toy \
     --json $results/limit.json > $out/logs/limit.txt
 judged=$(ls -d $out/neighbours/*/* | grep -v -e -data -e -round)
-for seed in $three; do
+for seed in $six; do
     judged+=" $out/village/seed$seed/safedpo-delta5"
 done
 python eval.py $judged --data toy --json $results/neighbours.json > $out/logs/neighbours.txt

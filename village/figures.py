@@ -57,9 +57,9 @@ TITLES = {  # run → its name in tables and pictures; `title` makes the names o
     "safe reference": "the reference's safe answers",
     "optimum": "the optimum (Eq. 9)",
     "sacpo": "SACPO: DPO-HELPFUL, then safety",
-    "noise10": "SafeDPO, Δ = 5, 10 % of the flags wrong",
-    "noise20": "SafeDPO, Δ = 5, 20 % of the flags wrong",
-    "noise40": "SafeDPO, Δ = 5, 40 % of the flags wrong",
+    "noise10": "SafeDPO, Δ = 5, 10 % of the labels wrong",
+    "noise20": "SafeDPO, Δ = 5, 20 % of the labels wrong",
+    "noise40": "SafeDPO, Δ = 5, 40 % of the labels wrong",
     "anchored": "SafeDPO, Δ = 5, anchored",
     "adapted": "SafeDPO, Δ = 5, adapters of rank 8",
     "squared": "squared loss (IPO), Δ = 5",
@@ -120,7 +120,7 @@ BY_DELTA = {  # method → {Δ: run}
     "DPO-HARMLESS": {0: "dpo-harmless", 10: "dpo-harmless-delta10"},
 }
 BASELINES = ("DPO-HELPFUL", "DPO-HARMLESS", "DPO-SAFEBETTER")
-BY_NOISE = {0: "safedpo-delta5", 10: "noise10", 20: "noise20", 40: "noise40"}  # % of wrong flags
+BY_NOISE = {0: "safedpo-delta5", 10: "noise10", 20: "noise20", 40: "noise40"}  # % of wrong labels
 TRAINED = ("dpo-helpful", "dpo-harmless", "noswap-delta5", "safedpo-delta5")
 COMPARED = ("reference", "optimum", *TRAINED, "anchored")
 LIMITS = tuple(run for run in TITLES if run.startswith("limit-"))
@@ -487,7 +487,7 @@ def draw_curves():
 
 
 def draw_noise():
-    """Harmless ratio and over-refusal against the share of wrong flags in training."""
+    """Harmless ratio and over-refusal against the share of wrong labels in training."""
     figure, ((harmless, refusing),) = canvas(1, 2, (8, 3.6))
     runs = load("village")
     for panel, name, style in (
@@ -496,7 +496,7 @@ def draw_noise():
     ):
         values = [over_seeds(figures_of(runs, run), name, 100) for run in BY_NOISE.values()]
         draw_points(panel, list(BY_NOISE), values, style)
-        panel.set_xlabel("training flags that are wrong (%)")
+        panel.set_xlabel("training labels that are wrong (%)")
         level, *_ = over_seeds(figures_of(runs, "reference"), name, 100)
         mark_level(panel, level, "reference", 40, "right")
     harmless.set_title("SafeDPO, Δ = 5: harmless ratio (%)")

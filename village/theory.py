@@ -45,7 +45,7 @@ from lib.flags import flag, parse, run
 import torch
 
 from model import ModelConfig, Transformer, pack_rows
-from safedpo import Pair, logits, optimal_policy, transform
+from safedpo import Pair, optimal_policy, pair_logits, transform
 
 TOKENS, LENGTH, HAZARD = 6, 2, 0
 ANSWERS = list(itertools.product(range(TOKENS), repeat=LENGTH))  # all of them: K = 36
@@ -157,7 +157,7 @@ def expected_loss(logp, mass, world, beta, delta, g=losses.logistic):
     given = (logp, world.ref.log(), world.unsafe)
     by_side = ((of_winner(values), of_loser(values)) for values in given)
     (logp_w, logp_l), (ref_w, ref_l), (h_w, h_l) = by_side
-    z = logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta)
+    z = pair_logits(logp_w, logp_l, ref_w, ref_l, h_w, h_l, beta, delta)
     return (mass * g(z)).sum()
 
 

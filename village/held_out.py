@@ -1,0 +1,75 @@
+"""Do seeds that took no part in the tables of docs/results.md agree with them?
+
+    SEEDS="20 21" village/experiments.sh             in a copy of the project
+    python -m village.held_out COPY/village/results  adds the figures of that copy's seeds
+    python -m village.held_out                       compares all that were added
+
+A cell of a table agrees if the median of these seeds lies between the least and the greatest figure
+of the table's seeds. village/results/held_out.json keeps {"file: run: heading": {seed: figure}}.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from lib import checkpoint
+from lib.flags import run as run_main
+
+from village import figures
+
+RESULTS = figures.HERE / "results"
+HELD_OUT = RESULTS / "held_out.json"
+
+
+def by_seed(folder):
+    """{"file: run: heading": {seed: figure}}, of those of the tables' files that the folder has.
+
+    A cell that stands in two tables counts once; one that is "–" in the tables is left out.
+    """
+    found = defaultdict(dict)
+    for file, headings, names in figures.TABLES.values():
+        path = folder / f"{file}.json"
+        runs = defaultdict(lambda: defaultdict(list))
+        for place, result in (checkpoint.read_json(path) if path.exists() else {}).items():
+            *_, seed, run = Path(place).parts
+            runs[seed.removeprefix("seed")][run].append(result)
+        for seed, its_runs in runs.items():
+            for run in names:
+                (of_seed,) = figures.figures_of(its_runs, run)
+                for heading in headings:
+                    figure = of_seed.get(figures.FIGURES[heading][0])
+                    if figure:
+                        found[f"{file}: {run}: {heading}"][seed] = round(figure["value"], 5)
+    return found
+
+
+def outside(shown, others):
+    """{cell: (median of the others, least, greatest that is shown)} of the cells that disagree."""
+    disagree = {}
+    for cell, seeds in others.items():
+        median = statistics.median(seeds.values())
+        least, greatest = min(shown[cell].values()), max(shown[cell].values())
+        if not least <= median <= greatest:
+            disagree[cell] = median, least, greatest
+    return disagree
+
+
+def main(argv=None):
+    others = checkpoint.read_json(HELD_OUT) if HELD_OUT.exists() else {}
+    for folder in sys.argv[1:] if argv is None else argv:
+        for cell, seeds in by_seed(Path(folder)).items():
+            others[cell] = others.get(cell, {}) | seeds
+        with checkpoint.replacing(HELD_OUT) as f:
+            json.dump(others, f, indent=1, sort_keys=True)
+    disagree = outside(by_seed(RESULTS), others)
+    for cell, (median, least, greatest) in disagree.items():
+        print(f"{cell}: {median:.3f} is not between {least:.3f} and {greatest:.3f}")
+    seeds = sorted({int(seed) for found in others.values() for seed in found})
+    agree = f"{len(others) - len(disagree)} of {len(others)} agree"
+    print(f"seeds {', '.join(map(str, seeds))}: {agree}")
+
+
+if __name__ == "__main__":
+    run_main(main)
