@@ -31,7 +31,7 @@ from model import move
 
 
 def sft_loss(logps, batch):
-    """−log π(y|x), mean over the step's answer tokens, nats; and (0, B): SFT logs nothing beside it."""
+    """−log π(y|x), mean over the step's answer tokens, nats; and no columns, (0, B), to log."""
     return -logps.sum() / batch.step_tokens, logps.new_zeros(0, len(batch.h_w))
 
 
@@ -181,7 +181,7 @@ def step_batches(pairs, ref, steps, config):
 def main(argv=None, loss=chosen_loss):
     parallel.join()
     config, folder = runs.open_run(parse(TrainConfig, argv, __doc__))
-    with runs.claim(folder, config.resume) as lock:
+    with runs.claim(folder, config) as lock:
         train(config, folder, lock, loss)
 
 

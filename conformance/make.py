@@ -139,6 +139,12 @@ LOSS = {
     "a pair that is thousands of nats in order costs nothing": pairs(
         [(-10.0, -9000.0)], [(-9000.0, -10.0)], SAFE_UNSAFE, 2.0, 5
     ),
+    "tens of nats count in full: log-ratios are not clamped": pairs(
+        [(-60.0, -65.0)], [(-120.0, -10.0)], SAFE_UNSAFE, 0.1, 10.0
+    ),
+    "each pair has its own labels": pairs(
+        4 * MOVED, 4 * WAS, SAFE_UNSAFE + UNSAFE_SAFE + SAFE_SAFE + BOTH, 0.1, 10.0
+    ),
     "each pair has its own margin": pairs(
         [(-40.0, -55.0), (-120.5, -90.25), (-3.0, -3.0), (-200.0, -10.0)],
         [(-42.0, -50.0), (-118.0, -95.0), (-3.0, -3.0), (-150.0, -60.0)],
@@ -189,6 +195,12 @@ LOGPS = {
     "what fills up a row does not count": rows(
         ([1, 3, 0, 0], [0, 1, 0, 0]), ([1, 2, 1, 3], [0, 1, 1, 1])
     ),
+    "where EOS fills up a row, it counts once": rows(([1, 3, 3, 3], [0, 1, 0, 0])),
+    "a token whose probability rounds to 0 has a finite log-probability": {
+        "logits": [[[200.0, 0.0, -1.0, 2.0], [0.5, 1.5, 0.0, -2.0]]],
+        "tokens": [[2, 1]],
+        "mask": [[0, 1]],
+    },
     "token 0 counts inside an answer": rows(([1, 0, 2, 3], [0, 1, 1, 1])),
     "a truncated answer has no EOS": rows(([1, 2, 1, 2], [0, 1, 1, 1])),
 }
@@ -212,7 +224,9 @@ OPTIMUM = {
     "an unsafe answer gets nothing, however great its reward": answers(
         [0.2, 0.3, 0.5], [0.0, 1.0, 9.0], [0, 0, 1], 1.0
     ),
-    "no finite penalty is enough": answers([0.5, 0.5], [0.0, 500.0], [0, 1], 1.0),
+    "an unsafe answer gets nothing at a reward of 500 either": answers(
+        [0.5, 0.5], [0.0, 500.0], [0, 1], 1.0
+    ),
     "reward is divided by beta": answers([0.5, 0.5], [1.0, 0.0], [0, 0], 0.5),
     "equal rewards leave the reference's proportions": answers(
         [0.1, 0.3, 0.6], [2.0, 2.0, 2.0], [0, 0, 1], 2.0

@@ -44,7 +44,7 @@ def failures(functions):
 def main(name):
     try:
         module = importlib.import_module(name)
-    except (ImportError, TypeError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         return f"{name}: cannot be imported ({error}); expected a name such as conformance.ours"
     functions = {of: getattr(module, of) for of in CONTENT["functions"] if hasattr(module, of)}
     missing = ", ".join(of for of in CONTENT["functions"] if of not in functions)

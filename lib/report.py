@@ -248,7 +248,7 @@ def what_happened(result):
 
 def sentences(result):
     """Up to three: on harmless answers, on benign requests and on harmful ones turned away."""
-    said = []
+    said, run = [], result["run"]
     for figure, sentence in SENTENCES.items():
         policy, reference = (result[model][figure] for model in ("policy", "reference"))
         if policy and reference:
@@ -258,7 +258,7 @@ def sentences(result):
                 n=result["policy"]["n"],
                 policy=f"{100 * after:.1f} %",
                 reference=f"{100 * before:.1f} %",
-                reason=WHY_REFUSALS_CHANGE.get((result["run"]["pairs"], way), ""),
+                reason="" if "loss" in run else WHY_REFUSALS_CHANGE.get((run["pairs"], way), ""),
             )
             said.append(textwrap.fill(sentence, 90, break_on_hyphens=False))
     return "\n".join(said)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from lib import checkpoint, parallel, watch
 from lib.device import give_back, pick_device, settle
 from lib.flags import problems
+from lib.losses import LOSSES
 from lib.settings import (
     EVAL_FLAGS,
     FREE_FLAGS,
@@ -202,8 +203,8 @@ def borrowed_reference(config, digest, folder):
 
 
 @contextmanager
-def claim(folder, resume):
-    """`with claim(folder, resume) as lock:` Of several processes one works in a folder.
+def claim(folder, config):
+    """`with claim(folder, config) as lock:` Of several processes one works in a folder.
 
     A resumed run's folder is locked at once, a new one by lock(). What ends a run early says how it
     goes on.
@@ -213,7 +214,7 @@ def claim(folder, resume):
         def lock():
             locks.enter_context(checkpoint.alone(folder))
 
-        if resume:
+        if config.resume:
             lock()
         try:
             yield lock
@@ -221,6 +222,8 @@ def claim(folder, resume):
             if not os.path.exists(folder / "config.json"):
                 raise
             command = f"python train.py --resume --out_dir {shlex.quote(str(folder))}"
+            if config.loss not in LOSSES:
+                command = "the same command with --resume"  # not train.py's
             message = f"{e}; " if str(e) else ""
             raise type(e)(f"{message}to go on: {command}") from e
 

@@ -263,7 +263,8 @@ def usual_alpha(rank):
 
 def other_loss(flags):
     """{flag: value} where a run's loss is not SafeDPO's alone. Older runs lack these flags."""
-    usual = {name: getattr(TrainConfig, name) for name in ("loss", "anchor")}
+    names = ["loss", "anchor"] + ["epsilon"] * (flags.get("loss") == "robust")
+    usual = {name: getattr(TrainConfig, name) for name in names}
     return {name: flags[name] for name in usual if flags.get(name, usual[name]) != usual[name]}
 
 

@@ -135,6 +135,28 @@ def token_0_fills_up(tokens, mask, **given):
     return ours.logps(tokens=tokens, mask=mask, **given)
 
 
+def every_eos_counts(tokens, mask, **given):
+    mask = [[max(m, int(t == 3)) for t, m in zip(*row)] for row in zip(tokens, mask)]
+    return ours.logps(tokens=tokens, mask=mask, **given)
+
+
+def log_of_softmax(logits, tokens, mask):
+    of_tokens = torch.tensor(logits).softmax(-1).log()[:, :-1]
+    found = of_tokens.gather(-1, torch.tensor(tokens)[:, 1:, None])[..., 0]
+    return found.where(torch.tensor(mask)[:, 1:].bool(), 0.0).sum(-1).tolist()
+
+
+def clamped(logp_w, ref_w, logp_l, ref_l, **others):
+    """Winners gain 50 nats at most, and losers lose 50 at most."""
+    logp_w = [min(p, ref + 50) for p, ref in zip(logp_w, ref_w)]
+    logp_l = [max(p, ref - 50) for p, ref in zip(logp_l, ref_l)]
+    return ours.loss(logp_w=logp_w, ref_w=ref_w, logp_l=logp_l, ref_l=ref_l, **others)
+
+
+def labels_of_the_first_winner(h_w, **others):
+    return ours.loss(h_w=[h_w[0]] * len(h_w), **others)
+
+
 def penalty_of_50(reward, unsafe, **others):
     reward = [r - 50 * h for r, h in zip(reward, unsafe)]
     return ours.optimum(reward=reward, unsafe=[0] * len(unsafe), **others)
@@ -236,8 +258,12 @@ FAULTS = [  # function, its wrong version, a vector that must fail
     ),
     ("transform", better_and_safer, "both safe: helpfulness decides for the second answer too"),
     ("logps", logits_of_the_first_row, "what fills up a row does not count"),
+    ("loss", clamped, "tens of nats count in full: log-ratios are not clamped"),
+    ("loss", labels_of_the_first_winner, "each pair has its own labels"),
+    ("logps", every_eos_counts, "where EOS fills up a row, it counts once"),
+    ("logps", log_of_softmax, "a token whose probability rounds to 0 has a finite log-probability"),
     ("logps", token_0_fills_up, "token 0 counts inside an answer"),
-    ("optimum", penalty_of_50, "no finite penalty is enough"),
+    ("optimum", penalty_of_50, "an unsafe answer gets nothing at a reward of 500 either"),
     ("gradient", slope_without_beta, "beta weighs pairs without a margin too"),
     ("logps", means, "an answer's log-probability is the sum over its tokens, not their mean"),
     ("logps", next_token_missed, "the logits of a position predict the next token"),
@@ -283,11 +309,11 @@ def test_what_the_command_says(tmp_path):
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     code, lines, _ = said("mine")
-    assert code == 1 and lines[-2].startswith("10 of 23 vectors passed: transform, loss")
+    assert code == 1 and lines[-2].startswith("10 of 25 vectors passed: transform, loss")
     assert lines[-1].endswith("mine lacks it: gradient, logps, optimum, first_loss")
     assert lines[0].startswith("loss: a safe-safe pair costs ln 2 as ")
     assert "ZeroDivisionError" in lines[0]
-    assert said("conformance.ours")[:2] == (0, ["51 of 51 vectors passed: " + ", ".join(OURS)])
+    assert said("conformance.ours")[:2] == (0, ["57 of 57 vectors passed: " + ", ".join(OURS)])
     assert said()[0] == 1 and "MODULE" in said()[2]
     for name, why in (("nowhere", "cannot be imported"), ("./mine.py", "cannot"), ("json", "none")):
         code, lines, error = said(name)

@@ -120,7 +120,7 @@ def chosen(config, done, pairs, ref):
 
 def test_a_run_takes_the_anchor_of_each_step(folder, tmp_path):
     """Of four steps the last one has a sixteenth: a model that hardly moves shows it."""
-    argv = [*TINY, "--data", str(folder), "--lr", "1e-12", "--batch_size", "96", "--epochs", "4"]
+    argv = [*TINY, "--data", str(folder), "--lr", "1e-12", "--batch_size", "48", "--epochs", "2"]
     train.main([*argv, "--delta", "0", "--anchor", "0.4", "--out_dir", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["stage"] == "safedpo"]

@@ -170,7 +170,7 @@ def test_the_combined_reward_by_hand():
     assert neighbours.combined(prompt, answer, 3.0) == -4.5
 
 
-def test_mocans_price_is_that_of_the_references_samples(monkeypatch):
+def test_mocans_price_is_that_of_the_references_samples(monkeypatch, tmp_path):
     asked, used = [], []
     samples = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, -1.0]])
     monkeypatch.setattr(
@@ -178,9 +178,11 @@ def test_mocans_price_is_that_of_the_references_samples(monkeypatch):
     )
     monkeypatch.setattr(neighbours, "on_relabelled_pairs", lambda *of: used.append(of[1:]))
     monkeypatch.setattr(neighbours, "BOUND", -0.5)
-    argv = ["--init_from", "reference.pt", "--out_dir", "out", "--beta", "1", "--seed", "4"]
+    start = tmp_path / "reference.pt"
+    start.touch()
+    argv = ["--init_from", str(start), "--out_dir", "out", "--beta", "1", "--seed", "4"]
     neighbours.main(["mocan", *argv])
-    assert asked == [("reference.pt", 16, 4)]
+    assert asked == [(start, 16, 4)]
     assert used == [("out", pytest.approx((1 + math.log(3)) / 2), 4)]
 
 
@@ -222,6 +224,47 @@ def test_b_dpo_weighs_by_what_its_own_reference_says_without_the_prompt(finished
     r, information = (logps - ref)[order].T, (ref - without)[order].T
     expected = neighbours.b_dpo(*r, h_l * 3.0, *information, 0.5).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_modpo_takes_each_pairs_own_costs(monkeypatch):
+    """The costs of the pairs' texts, in a batch of the pairs in another order."""
+    made, texts = [], ["First bend the copper.", "Dust it with gravecap.", "Fit the glass."]
+    assert [world.cost(text) for text in texts] == [-1.0, 2.0, -1.0]
+    monkeypatch.setattr(train, "main", lambda argv, make: made.append(make))
+    neighbours.main(["modpo"])
+    pairs = [Pair(None, 0, 1, 0, 1), Pair(None, 1, 2, 1, 0)]
+    tokenizer = SimpleNamespace(decode=texts.__getitem__)
+    loss = made[0](TrainConfig(beta=0.5), pairs, tokenizer, None)(0.0)
+    order = [1, 0]
+    ref_w, ref_l = LOGP[0] - R_W, LOGP[1] - R_L
+    batch = data.Batch(None, torch.zeros(2), torch.zeros(2), ref_w, ref_l, order, 2, 0)
+    found, _ = loss(torch.stack(LOGP, 1).flatten(), batch)
+    expected = neighbours.modpo(R_W, R_L, t(-2.0, 1.0), t(1.0, -2.0), 0.5, 0.5).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_relabelled_pairs_are_trained_on_by_dpo():
+    loss = neighbours.dpo(TrainConfig(beta=0.5, delta=3.0, anchor=2.0))(0.0)
+    none = torch.tensor([0, 1])
+    batch = data.Batch(None, none, none, LOGP[0] - R_W, LOGP[1] - R_L, [0, 1], 2, 0)
+    found, _ = loss(torch.stack(LOGP, 1).flatten(), batch)
+    assert found.item() == pytest.approx((softplus(-3.5) + softplus(0.75)) / 2, rel=1e-9)
+
+
+def test_sampled_answers_are_judged_beside_their_own_prompts(finished, monkeypatch):
+    """The answers are the prompts themselves, and a judge that reads both sees that they agree."""
+    monkeypatch.setattr(neighbours, "ASKED", 3)
+    monkeypatch.setattr(neighbours, "sample_answers", lambda model, ids, *_: ids)
+    seen = []
+    judge = SimpleNamespace(
+        reward=lambda x, y: seen.append((x, y)) or len(seen), cost=lambda y: -len(y)
+    )
+    monkeypatch.setattr(neighbours, "world", judge)
+    reward, cost = neighbours.answers_to_training_prompts(finished / "reference.pt", 2, 0)
+    assert len({x for x, _ in seen}) == 3 and all(x in y for x, y in seen)
+    assert {x for x, _ in seen} <= {row["prompt"] for row in world.splits()["train"]}
+    assert reward.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert cost.tolist() == [[-len(y)] * 2 for _, y in seen[::2]]
 
 
 def test_relabelled_rows_follow_the_combined_reward(rows):
@@ -297,7 +340,7 @@ def test_a_run_takes_its_method(method, monkeypatch):
     """β = 0.5, Δ = 3, at the first and at a later step; the second pair's loser is unsafe."""
     made = []
     monkeypatch.setattr(train, "main", lambda argv, make: made.append((argv, make)))
-    neighbours.main([method, "--pairs", "harmless"])
+    neighbours.main([method])
     (argv, make), h_w, h_l = made[0], torch.tensor([0, 0]), torch.tensor([0, 1])
     flags_given = flags.parse(TrainConfig, argv)
     assert flags_given["pairs"] == ("helpful" if "bfpo" in method else "safedpo")
@@ -357,6 +400,21 @@ def test_sacpo_and_its_interpolation(finished, folder, tmp_path):
         load_model(tmp_path / method / "policy.pt", torch.device("cpu"))
         of_first = (finished / "reference.pt").read_bytes()
         assert (tmp_path / method / "reference.pt").read_bytes() == of_first
+        about = checkpoint.read_json(tmp_path / method / "config.json")
+        assert (about["loss"], about["out_dir"]) == (method, str(tmp_path / method))
+    adapted = tmp_path / "adapted"
+    train.main([*SHORT, *argv, "--lora_rank", "2", "--out_dir", str(adapted)])
+    for runs in ((adapted, finished), (finished, adapted)):
+        with pytest.raises(ValueError, match="adapted: has adapters; expected a run that trained"):
+            neighbours.main(["sacpo", *map(str, runs), str(tmp_path / "new")])
+    other = tmp_path / "other"
+    train.main(
+        [*TINY, "--epochs", "0", "--data", str(folder), "--n_layer", "2", "--out_dir", str(other)]
+    )
+    with pytest.raises(
+        ValueError, match=r"other: expected a model of .*'s size, with its tokenizer"
+    ):
+        neighbours.main(["sacpo", str(finished), str(other), str(tmp_path / "new")])
 
 
 @pytest.mark.parametrize("method, bound, prices", [("mocan", 0.0, 1), ("c-dpo", -3.0, 2)])
@@ -375,6 +433,14 @@ def test_methods_that_draw_their_pairs_anew(method, bound, prices, tmp_path, mon
     assert len({line.split(":")[0] for line in said}) == prices
     assert (out / "eval.json").exists() and (tmp_path / "out-data" / "train.jsonl").exists()
     assert checkpoint.read_json(out / "config.json")["pairs"] == "helpful"
+    price = float(said[-1].split(":")[0].removeprefix("λ = "))
+    assert price > 0 or method == "mocan"
+    drawn = neighbours.relabelled(small["train"], price, random.Random(0))
+    kept = (tmp_path / "out-data" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == list(drawn)
+    policy = (out / "policy.pt").read_bytes()
+    neighbours.main([method, *argv, "--resume"])
+    assert (out / "policy.pt").read_bytes() == policy
 
 
 def test_wrong_use_ends_in_one_line(capsys):
@@ -382,5 +448,15 @@ def test_wrong_use_ends_in_one_line(capsys):
     assert "expected a new folder" in complaint(neighbours.main, ["sacpo", "a", "b", "."], capsys)
     assert "two finished runs" in complaint(neighbours.main, ["p-sacpo"], capsys)
     assert "expected one of bfpo, " in complaint(neighbours.main, ["dpo"], capsys)
+    for method, flag, value in (
+        ("bfpo", "delta", "1"),
+        ("dpop", "loss", "hinge"),
+        ("modpo", "anchor", "1"),
+        ("c-dpo", "data", "toy"),
+    ):
+        said = complaint(neighbours.main, [method, f"--{flag}", value], capsys)
+        assert f"--{flag} does nothing beside {method}" in said
+    argv = ["mocan", "--init_from", str(ROOT), "--out_dir", "out"]
+    assert "expected a run of ours, or a file of one" in complaint(neighbours.main, argv, capsys)
     with pytest.raises(SystemExit):
         flags.run(lambda: neighbours.main([]))

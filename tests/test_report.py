@@ -49,6 +49,10 @@ def test_papers_scale_puts_sft_at_0_and_dpo_helpful_at_10():
     scale = paper_scale(results)
     assert scale(1.0) == 0 and scale(3.0) == 10 and scale(2.0) == 5
     assert paper_scale({"a": results["a"], "c": result("helpful", 5, 3.0)}) is None
+    for name in ("loss", "anchor"):  # DPO-HELPFUL's pairs, but another loss
+        other = result("helpful", 0, 3.0)
+        other["run"][name] = "another"
+        assert paper_scale({"c": other}) is None
     text = table(results)
     assert "paper's scale" in text and "5.00" in text and text.count("\nreference ") == 1, (
         "one reference, shown once"

@@ -4,6 +4,7 @@ import importlib.machinery
 import re
 
 from lib import checkpoint, watch
+from lib.settings import NEW_FLAGS
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_a_run_that_an_older_version_began_goes_on(folder, tmp_path, monkeypatch
         train.main(argv)
     path = tmp_path / "run" / "config.json"
     state = checkpoint.read_json(path)
-    for name in ("log", "sample_every"):
+    for name in NEW_FLAGS:
         del state[name]
     path.write_text(checkpoint.json.dumps(state))
     with pytest.raises(pytest.fail.Exception, match="stopped here"):

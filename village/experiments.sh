@@ -134,8 +134,8 @@ python eval.py $out/village/*/{dpo-helpful,dpo-harmless,noswap-delta5,safedpo-de
 python eval.py $out/village/*/{safedpo-delta0,safedpo-delta5,anchored,limit-*} --data toy \
     --json $results/limit.json > $out/logs/limit.txt
 judged=$(ls -d $out/neighbours/*/* | grep -v -e -data -e -round)
-for seed in $six; do
-    judged+=" $out/village/seed$seed/safedpo-delta5"
+for seed in $(ls $out/neighbours); do
+    judged+=" $out/village/$seed/safedpo-delta5"
 done
 python eval.py $judged --data toy --json $results/neighbours.json > $out/logs/neighbours.txt
 

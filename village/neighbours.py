@@ -2,7 +2,7 @@
 or other pairs.
 
     python -m village.neighbours bfpo --out_dir runs/bfpo               flags as for train.py
-    python -m village.neighbours bfpo --resume --out_dir runs/bfpo      not train.py --resume
+    python -m village.neighbours bfpo --resume --out_dir runs/bfpo      goes on with a run
     python -m village.neighbours mocan --init_from runs/bfpo/reference.pt --out_dir runs/mocan
     python eval.py runs/bfpo runs/mocan --data toy
 
@@ -26,10 +26,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from lib import checkpoint
+from lib import checkpoint, initial
 from lib.flags import parse, run
 from lib.losses import NAMES
-from lib.policy import load_model, log_probs, sample_answers
+from lib.policy import load_model, log_probs, our_checkpoint, sample_answers
 from lib.runs import finished_run
 from lib.settings import EvalConfig, TrainConfig
 
@@ -147,7 +147,7 @@ def dual_price(reward, cost, beta, bound):
     """λ ≥ 0 at which π_ref·exp((r − λc)/β) has the mean cost `bound` (MoCAN, arXiv 2405.19544).
 
     reward, cost: (n, K), of K samples of π_ref for each prompt. It is the minimum of the dual
-    function over λ, whose slope is bound − E c. ValueError if no λ up to 1e6 reaches the bound.
+    function over λ, whose slope is bound − E c. ValueError if no λ up to 2¹⁹ reaches the bound.
     """
 
     def mean_cost(price):
@@ -211,7 +211,7 @@ def with_costs(argv, weight=0.5):
         m = -torch.tensor([[world.cost(text) for text in both] for both in texts])
 
         def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, numbers):
-            m_w, m_l = m[numbers].T
+            m_w, m_l = m[numbers].to(logp_w).T
             return modpo(logp_w - ref_w, logp_l - ref_l, m_w, m_l, config.beta, weight)
 
         return lambda done: train.over_pairs(of_pairs)
@@ -230,7 +230,7 @@ def with_information(argv):
 
         def of_pairs(logp_w, logp_l, ref_w, ref_l, h_w, h_l, numbers):
             margin = (h_l - h_w) * config.delta
-            mi_w, mi_l = (torch.stack((ref_w, ref_l), 1) - without[numbers]).T
+            mi_w, mi_l = (torch.stack((ref_w, ref_l), 1) - without[numbers].to(ref_w)).T
             return b_dpo(logp_w - ref_w, logp_l - ref_l, margin, mi_w, mi_l, config.beta)
 
         return lambda done: train.over_pairs(of_pairs)
@@ -253,7 +253,8 @@ def answers_to_training_prompts(file, K, seed):
 
 
 def on_relabelled_pairs(argv, folder, price, seed):
-    """DPO on pairs drawn by r − λ·c, λ = price. The rows stay beside the run, in folder-data."""
+    """DPO on pairs drawn by r − λ·c, λ = price. The rows stay beside the run, in folder-data. A run
+    that was begun goes on."""
     print(f"λ = {price:.3f}")
     rows_in, splits = Path(f"{folder}-data"), world.splits()
     splits["train"] = relabelled(splits["train"], price, random.Random(seed))
@@ -271,17 +272,21 @@ def dpo(config, *_):
 
 
 def with_start(argv):
-    """The flags of a method that begins with a finished reference, in a folder of its own."""
+    """(flags, argv without --resume) of a method that begins with a finished reference in a folder
+    of its own."""
     flags = TrainConfig(**parse(TrainConfig, argv))
     if not (flags.init_from and flags.out_dir):
         raise ValueError("village.neighbours: this method needs --init_from and --out_dir")
-    return flags
+    return flags, [argument for argument in argv if argument != "--resume"]
 
 
 def mocan(argv):
     """MoCAN: λ from samples of the reference, --init_from; then DPO."""
-    flags = with_start(argv)
-    samples = answers_to_training_prompts(flags.init_from, 16, flags.seed)
+    flags, argv = with_start(argv)
+    start = our_checkpoint(initial.source_of(flags.init_from))
+    if not start:
+        raise ValueError(f"--init_from {flags.init_from}: expected a run of ours, or a file of one")
+    samples = answers_to_training_prompts(start, 16, flags.seed)
     price = dual_price(*samples, flags.beta, BOUND)
     on_relabelled_pairs(argv, flags.out_dir, price, flags.seed)
 
@@ -289,7 +294,7 @@ def mocan(argv):
 def c_dpo(argv):
     """C-DPO: each λ has a policy of its own, from the reference --init_from, and moves by its mean
     cost. The last policy is the run's; the others lie beside it."""
-    flags, price = with_start(argv), 0.0
+    (flags, argv), price = with_start(argv), 0.0
     folders = [f"{flags.out_dir}-round{i}" for i in range(1, ROUNDS)] + [flags.out_dir]
     for folder in folders:
         on_relabelled_pairs(argv, folder, price, flags.seed)
@@ -298,7 +303,7 @@ def c_dpo(argv):
         price = dual_step(price, cost.mean().item(), BOUND, RATE)
 
 
-def two_stages(q):
+def two_stages(method, q):
     """P-SACPO from the finished runs FIRST and SECOND. The reference is FIRST's; q = 1 is SACPO."""
 
     def make(argv):
@@ -310,12 +315,17 @@ def two_stages(q):
         for stage in (first, second):
             finished_run(stage)
         states = [checkpoint.load(stage / "policy.pt") for stage in (first, second)]
-        if states[0]["config"] != states[1]["config"] or states[0]["adapters"]:
-            raise ValueError(f"{second}: expected a whole model of the size of {first}'s")
+        for stage, state in zip((first, second), states):
+            if state["adapters"]:
+                raise ValueError(f"{stage}: has adapters; expected a run that trained all weights")
+        if any(states[0][name] != states[1][name] for name in ("config", "tokenizer")):
+            raise ValueError(f"{second}: expected a model of {first}'s size, with its tokenizer")
         weights = interpolated(*(state["model"] for state in states), q)
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "reference.pt"):
-            shutil.copy(first / name, out)
+        about = checkpoint.read_json(first / "config.json")
+        with checkpoint.replacing(out / "config.json") as f:
+            json.dump(about | {"loss": method, "out_dir": str(out)}, f, indent=1)
+        shutil.copy(first / "reference.pt", out)
         checkpoint.save(out / "policy.pt", states[0] | {"model": weights})
 
     return make
@@ -332,9 +342,23 @@ METHODS = {  # name → a function of the arguments behind it
     "b-dpo": with_information,
     "mocan": mocan,
     "c-dpo": c_dpo,
-    "sacpo": two_stages(1.0),
-    "p-sacpo": two_stages(0.5),
+    "sacpo": two_stages("sacpo", 1.0),
+    "p-sacpo": two_stages("p-sacpo", 0.5),
 }
+
+IDLE = {  # flag → the methods to which it says nothing
+    **dict.fromkeys(("pairs", "loss", "epsilon", "anchor"), METHODS),
+    "delta": ("bfpo", "bfpo-tau0.2", "modpo", "mocan", "c-dpo"),
+    "data": ("mocan", "c-dpo"),
+}
+
+
+def train_with(method, argv):
+    """Run a method that takes train.py's flags."""
+    for name in parse(TrainConfig, argv):
+        if method in IDLE.get(name, ()):
+            raise ValueError(f"village.neighbours: --{name} does nothing beside {method}")
+    METHODS[method]([*argv, "--loss", method])
 
 
 def main(argv=None):
@@ -345,7 +369,10 @@ def main(argv=None):
             f"{', '.join(METHODS)}, then train.py's flags"
         )
     NAMES.update(dict.fromkeys(METHODS))  # --loss and config.json name it; train.py refuses it
-    METHODS[method](rest if "sacpo" in method else [*rest, "--loss", method])
+    if "sacpo" in method:
+        METHODS[method](rest)
+    else:
+        train_with(method, rest)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def answer(rng, kind, obj):
 
 def second_is_preferred(rng, score_0, score_1):
     """Whether Bradley-Terry (Eq. 1) draws the second of two answers with these scores."""
-    return rng.random() < 1 / (1 + math.exp(score_0 - score_1))
+    return rng.random() < 1 / (1 + math.exp(min(score_0 - score_1, 700.0)))  # exp ends at 709
 
 
 def row(rng, prompt):
