@@ -80,17 +80,15 @@ group=seed$PART seed=$PART split=all deltas=$best
 case $PART in
 choose) group=choose seed=1 split=choose deltas="0 2 5 10" ;;
 1) deltas="0 2 5 10 20" ;;
-[456]) deltas="0 5" ;;
 esac
 pairs=$data/$split/pairs
 run sft/$group --data $data/$split/sft --seed $seed "${sft[@]}"
 for delta in $deltas; do
     method safedpo-delta$delta $pairs --delta $delta
-    if [[ $PART = [456] ]]; then
-        method anchored-delta$delta $pairs --delta $delta --anchor 1
-    fi
 done
-if [[ $PART = [123] ]]; then
+if [[ $PART = [456] ]]; then
+    method anchored-delta$best $pairs --delta $best --anchor 1
+elif [[ $PART = [123] ]]; then
     method dpo-helpful $pairs --pairs helpful
     method noswap-delta$best $pairs --pairs noswap --delta $best
 fi

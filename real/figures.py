@@ -29,8 +29,7 @@ RUNS = {  # run → (its name, colour, marker); "reference" is what the runs of 
     "safedpo-delta5": ("SafeDPO, Δ = 5", pages.BLUE, "o"),
     "safedpo-delta10": ("SafeDPO, Δ = 10", pages.BLUE, "*"),
     "safedpo-delta20": ("SafeDPO, Δ = 20", pages.BLUE, "p"),
-    "anchored-delta0": ("SafeDPO, Δ = 0, anchored", pages.GREEN, "d"),
-    "anchored-delta5": ("SafeDPO, Δ = 5, anchored", pages.GREEN, "o"),
+    f"anchored-delta{BEST}": (f"SafeDPO, Δ = {BEST}, anchored", pages.GREEN, "d"),
     f"without-own-delta{BEST}": (f"SafeDPO, Δ = {BEST}, no answers of its own", pages.GREEN, "<"),
     f"whole-delta{BEST}": (f"SafeDPO, Δ = {BEST}, all weights", pages.GREEN, ">"),
 }

@@ -12,8 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=runs/experiments results=village/results cores=${CORES:-$(nproc)}
 export OMP_NUM_THREADS=1  # after nproc, which reads it
-all=$(echo ${SEEDS:-0 1 2 3 4 5 6 7 8 9})
-six=$(cut -d " " -f 1-6 <<< "$all")
+all=${SEEDS:-0 1 2 3 4 5 6 7 8 9}
 mkdir -p $out/logs $results
 python -c "import matplotlib" || {
     echo "village/experiments.sh: the pictures need matplotlib: pip install matplotlib" >&2
@@ -107,7 +106,7 @@ limit-layers3 --n_layer 3
 limit-rows36000 --data $out/village36000 --init_from $reference
 END
 
-each neighbours "$six" <<END
+each neighbours "$all" <<END
 bfpo --init_from $reference
 bfpo-tau0.2 --init_from $reference
 modpo --init_from $reference
@@ -119,7 +118,7 @@ b-dpo --init_from $reference
 mocan --init_from $reference
 c-dpo --init_from $reference
 END
-for seed in $six; do
+for seed in $all; do
     for name in sacpo p-sacpo; do  # made of weights that are there, in a moment
         folder=$out/neighbours/seed$seed/$name
         rm -rf "$folder"
