@@ -245,8 +245,8 @@ def test_modpo_takes_each_pairs_own_costs(monkeypatch):
 
 def test_relabelled_pairs_are_trained_on_by_dpo():
     loss = neighbours.dpo(TrainConfig(beta=0.5, delta=3.0, anchor=2.0))(0.0)
-    none = torch.tensor([0, 1])
-    batch = data.Batch(None, none, none, LOGP[0] - R_W, LOGP[1] - R_L, [0, 1], 2, 0)
+    h_w, h_l = torch.tensor([0, 0]), torch.tensor([0, 1])  # which DPO does not see
+    batch = data.Batch(None, h_w, h_l, LOGP[0] - R_W, LOGP[1] - R_L, [0, 1], 2, 0)
     found, _ = loss(torch.stack(LOGP, 1).flatten(), batch)
     assert found.item() == pytest.approx((softplus(-3.5) + softplus(0.75)) / 2, rel=1e-9)
 
