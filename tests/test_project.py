@@ -170,7 +170,7 @@ def test_experiments_have_flags_that_exist_and_every_run_of_the_tables():
     assert len(names["village"]) > 25
     names["neighbours"] |= set(re.search("for name in (.*?);", script)[1].split())
     assert names["neighbours"] == set(neighbours.METHODS)
-    assert 'judged+=" $out/village/seed$seed/safedpo-delta5"' in script  # beside them
+    assert 'judged+=" $out/village/$seed/safedpo-delta5"' in script  # beside them
     names["neighbours"].add("safedpo-delta5")
     for file, _, runs in figures.TABLES.values():
         runs = set(runs) - {"reference", "safe reference", "optimum"}
