@@ -388,7 +388,7 @@ def draw_methods():
 def draw_field():
     """Every method's place: help against safety, and way against the distance to the optimum."""
     figure, ((left, right),) = canvas(1, 2, (11, 6.4))
-    zoom = inset(left, [0.08, 0.07, 0.4, 0.42], xlim=(97.8, 100.3), ylim=(1.94, 2.27))
+    zoom = inset(left, [0.08, 0.07, 0.4, 0.39], xlim=(97.8, 100.3), ylim=(1.94, 2.27))
     village, neighbours = load("village"), load("neighbours")
     groups = (  # runs, their file, colour, marker
         (("reference", "safe reference", "optimum"), village, BLACK, "s"),
