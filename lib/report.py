@@ -363,7 +363,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib")
+        raise ValueError("pictures, such as --plot's, need matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
