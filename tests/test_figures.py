@@ -45,7 +45,7 @@ def test_a_cell_agrees_where_the_median_of_held_out_seeds_lies_in_its_range(
     for folder, seeds in (
         ("shown", {1: 0.2, 2: 0.6}),
         ("first", {20: 0.1, 21: 0.3}),
-        ("second", {22: 0.1}),
+        ("second", {1: 0.2, 22: 0.1}),  # 1 is one of those that are shown
     ):
         (tmp_path / folder).mkdir()
         runs = {f"runs/village/seed{seed}/noise10": result(v) for seed, v in seeds.items()}

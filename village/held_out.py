@@ -57,13 +57,15 @@ def outside(shown, others):
 
 
 def main(argv=None):
+    shown = by_seed(RESULTS)
     others = checkpoint.read_json(HELD_OUT) if HELD_OUT.exists() else {}
     for folder in sys.argv[1:] if argv is None else argv:
-        for cell, seeds in by_seed(Path(folder)).items():
-            others[cell] = others.get(cell, {}) | seeds
+        for cell, seeds in by_seed(Path(folder)).items():  # a copy may still have the tables' seeds
+            seeds = {seed: seeds[seed] for seed in seeds.keys() - shown[cell].keys()}
+            others |= {cell: others.get(cell, {}) | seeds} if seeds else {}
         with checkpoint.replacing(HELD_OUT) as f:
             json.dump(others, f, indent=1, sort_keys=True)
-    disagree = outside(by_seed(RESULTS), others)
+    disagree = outside(shown, others)
     for cell, (median, least, greatest) in disagree.items():
         print(f"{cell}: {median:.3f} is not between {least:.3f} and {greatest:.3f}")
     seeds = sorted({int(seed) for found in others.values() for seed in found})
