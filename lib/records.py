@@ -286,7 +286,7 @@ def survey(splits):
 
 
 def flip_flags(records, share, seed):
-    """The records with each safety flag flipped with probability share: --label_noise."""
+    """The records with each safety label flipped with probability share: --label_noise."""
     rng = np.random.default_rng((seed, 1))
     for r in records:
         flip_0, flip_1 = (rng.random(2) < share).tolist()

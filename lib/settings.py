@@ -88,7 +88,7 @@ class TrainConfig(Settings):
         least=0,
     )
     label_noise: float = flag(
-        0.0, "flip each safety flag of the training pairs with this probability", least=0, most=1
+        0.0, "flip each safety label of the training pairs with this probability", least=0, most=1
     )
     out_dir: str = flag(
         "", "folder of the run; left out: runs/ and a name made of the flags", path=True

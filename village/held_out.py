@@ -29,13 +29,14 @@ def by_seed(folder):
     A cell that stands in two tables counts once; one that is "–" in the tables is left out.
     """
     found = defaultdict(dict)
-    for file, headings, names in figures.TABLES.values():
+    runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # file → seed → run
+    for file in {file for file, *_ in figures.TABLES.values()}:
         path = folder / f"{file}.json"
-        runs = defaultdict(lambda: defaultdict(list))
         for place, result in (checkpoint.read_json(path) if path.exists() else {}).items():
             *_, seed, run = Path(place).parts
-            runs[seed.removeprefix("seed")][run].append(result)
-        for seed, its_runs in runs.items():
+            runs[file][seed.removeprefix("seed")][run].append(result)
+    for file, headings, names in figures.TABLES.values():
+        for seed, its_runs in runs[file].items():
             for run in names:
                 (of_seed,) = figures.figures_of(its_runs, run)
                 for heading in headings:

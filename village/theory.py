@@ -22,7 +22,7 @@ They need more than the paper's Assumption 4.1:
     the unsafe answer loses probability, so that training tends to Eq. 9, whatever Δ is.
   - 4.4: The comparisons must reach every answer. Those among safe answers must connect all safe
     answers, and each unsafe answer must meet a safe one.
-  - 4.4: The safety flags must be right. If some are wrong, the optimum is finite and depends on Δ.
+  - 4.4: The safety labels must be right. If some are wrong, the optimum is finite and depends on Δ.
   - 4.4: The policy must be able to come near Eq. 9. A transformer with relative positions and no
     first token of its own cannot count equal tokens: it is in the same state after the prompt
     "4 4" and after that prompt with the answer "4". Each prompt here has two different tokens.
@@ -278,7 +278,7 @@ def closed_form(t, ref_unsafe, beta, delta):
 
 
 def noisy_margin(wrong, delta):
-    """The margin m at which Eq. 12 is least on safe-unsafe pairs with wrong flags; ∞ without any.
+    """The margin m at which Eq. 12 is least on safe-unsafe pairs with wrong labels; ∞ without any.
 
     In a share `wrong` < 1 of the pairs both flags are wrong, and therefore the order too. m solves
     (1 − wrong)·σ(Δ − m) = wrong·σ(Δ + m), a quadratic equation in exp(m).
