@@ -28,8 +28,8 @@ def robust(z, epsilon):
     """[−(1 − ε)·log σ(z) + ε·log σ(−z)] / (1 − 2ε) (robust DPO, arXiv 2403.00409).
 
     Where a share ε < ½ of the pairs is the wrong way round (z with the other sign), its expectation
-    is the logistic loss on the right ones. Wrong safety labels are another kind of noise, which this
-    does not undo: they swap the answers and keep the margin, so that z does not become −z.
+    is the logistic loss on the right ones. Wrong safety labels are another kind of noise, which
+    this does not undo: they swap the answers and keep the margin, so that z does not become −z.
     """
     return (-(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)) / (1 - 2 * epsilon)
 
