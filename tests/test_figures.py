@@ -38,7 +38,8 @@ def test_a_table_by_hand(tmp_path, monkeypatch):
 def test_a_cell_agrees_where_the_median_of_held_out_seeds_lies_in_its_range(
     tmp_path, monkeypatch, capsys
 ):
-    """Shown are 0.2 to 0.6; the held-out seeds come in two calls, and their medians by hand."""
+    """Shown are 0.2 to 0.6. The held-out seeds come in two calls: first 0.1 and 0.3, whose median
+    0.2 lies on the border, then 0.1 too."""
     monkeypatch.setattr(figures, "TABLES", {"of one run": ("village", ("KL",), ("noise10",))})
     monkeypatch.setattr(held_out, "RESULTS", tmp_path / "shown")
     monkeypatch.setattr(held_out, "HELD_OUT", tmp_path / "held_out.json")
@@ -51,10 +52,12 @@ def test_a_cell_agrees_where_the_median_of_held_out_seeds_lies_in_its_range(
         runs = {f"runs/village/seed{seed}/noise10": result(v) for seed, v in seeds.items()}
         (tmp_path / folder / "village.json").write_text(json.dumps(runs))
     held_out.main([str(tmp_path / "first")])
-    assert capsys.readouterr().out == "seeds 20, 21: 1 of 1 agree\n"  # 0.2 lies on the border
+    alone = "of single seeds' figures 1"
+    assert capsys.readouterr().out == f"seeds 20, 21: 1 of 1 agree; {alone} of 2\n"
     held_out.main([str(tmp_path / "second")])
     disagree = "village: noise10: KL: 0.100 is not between 0.200 and 0.600\n"
-    assert capsys.readouterr().out == f"{disagree}seeds 20, 21, 22: 0 of 1 agree\n"
+    agree = f"seeds 20, 21, 22: 0 of 1 agree; {alone} of 3\n"
+    assert capsys.readouterr().out == disagree + agree
 
 
 def test_training_curves_are_log_ratios_and_means_over_seeds(tmp_path):

@@ -57,6 +57,16 @@ def outside(shown, others):
     return disagree
 
 
+def singles(shown, others):
+    """(how many figures of single seeds lie in the ranges that are shown, of how many)."""
+    inside = [
+        min(shown[cell].values()) <= figure <= max(shown[cell].values())
+        for cell, seeds in others.items()
+        for figure in seeds.values()
+    ]
+    return sum(inside), len(inside)
+
+
 def main(argv=None):
     shown = by_seed(RESULTS)
     others = checkpoint.read_json(HELD_OUT) if HELD_OUT.exists() else {}
@@ -71,7 +81,9 @@ def main(argv=None):
         print(f"{cell}: {median:.3f} is not between {least:.3f} and {greatest:.3f}")
     seeds = sorted({int(seed) for found in others.values() for seed in found})
     agree = f"{len(others) - len(disagree)} of {len(others)} agree"
-    print(f"seeds {', '.join(map(str, seeds))}: {agree}")
+    inside, of = singles(shown, others)
+    alone = f"of single seeds' figures {inside} of {of}"
+    print(f"seeds {', '.join(map(str, seeds))}: {agree}; {alone}")
 
 
 if __name__ == "__main__":
