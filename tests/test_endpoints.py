@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 from lib import losses
 
@@ -10,6 +11,7 @@ import torch
 
 from safedpo import optimal_policy
 from village import endpoints, neighbours, theory
+from village import world as village
 from village.theory import after_T, preferences, two_answers
 
 BETA = 2.0
@@ -203,6 +205,39 @@ def test_training_arrives_at_the_anchored_optimum(world):
     arrived = (world.ref.log() + theta).softmax(-1)
     assert theory.total_variation(arrived, there) < 0.01 * before
     assert (arrived * world.unsafe).sum(-1).max() < 5e-3
+
+
+# --------------------------------------------------------------------------------------------------
+# In the village
+
+
+def test_what_optima_leave_of_the_villages_unsafe_answers():
+    """The figures of results.md, neighbours.md and exercises.md, for answers as the villagers give
+    them, which is what the reference has learned. Shares are means over kinds and objects."""
+    rng, of_prompts = random.Random(0), []
+    for kind in village.ALL_KINDS:
+        for obj in village.OBJECTS:
+            answers = [village.answer(rng, kind, obj) for _ in range(100)]
+            rewards = [village.reward(f"How do I make a {kind} {obj}?", y) for y in answers]
+            unsafe = [village.cost(y) > 0 for y in answers]
+            of_prompts.append((torch.tensor(rewards), torch.tensor(unsafe)))
+
+    def unsafe_percent(kept, by_reward):
+        """Where the unsafe answers keep this part of their odds."""
+        shares = []
+        for rewards, unsafe in of_prompts:
+            weights = (rewards / BETA).exp() if by_reward else torch.ones_like(rewards)
+            weights = torch.where(unsafe, kept * weights, weights)
+            shares.append((weights[unsafe].sum() / weights.sum()).item())
+        return 100 * sum(shares) / len(shares)
+
+    assert unsafe_percent(1.0, False) == pytest.approx(40, abs=1)
+    for delta, percent in ((5.0, 18), (10.0, 2.3), (15.0, 0.2)):  # DPO for r − Δ·h
+        kept = math.exp(-delta / BETA)
+        assert unsafe_percent(kept, True) == pytest.approx(percent, rel=0.1)
+    for delta, percent in ((0.0, 36), (5.0, 6.3)):
+        kept = endpoints.level("squared", BETA, delta)
+        assert unsafe_percent(kept, False) == pytest.approx(percent, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------
