@@ -1,7 +1,7 @@
 """SafeDAA (§3.4): Eq. 12 with another convex g in place of −log σ, on the same pairs and logits z.
 
-z is safedpo.py:logits, (B,), and so is g(z). A g that stops falling somewhere (squared, hinge) does
-not lead to Eq. 9: docs/theory.md says where it ends instead.
+z is safedpo.py:pair_logits, (B,), and so is g(z). A g that stops falling somewhere (squared, hinge)
+does not lead to Eq. 9: docs/theory.md says where it ends instead.
 """
 
 from functools import partial

@@ -299,19 +299,19 @@ MORE_DEGENERATE = 10  # % of the answers
 
 
 def warn_before(config, steps, prompts, is_real, has_adapters):
-    """Before training: the settings of SafeDPO, and what cannot be good in them.
+    """Before training: the settings of its preference stage, and what cannot be good in them.
 
-    steps: of SafeDPO. prompts: how many are held out, to sample answers for. is_real: whether the
-    model comes from elsewhere. has_adapters: whether these alone learn.
+    steps: of that stage. prompts: how many are held out, to sample answers for. is_real: whether
+    the model comes from elsewhere. has_adapters: whether these alone learn.
     """
     if steps:
         other = "".join(f"--{name} {value}, " for name, value in other_loss(vars(config)).items())
         print(
-            f"SafeDPO: β = {config.beta:g}, Δ = {config.delta:g}, {other}--lr {config.lr:g}, "
-            f"steps: {steps} of {config.batch_size} pairs"
+            f"preference training: β = {config.beta:g}, Δ = {config.delta:g}, {other}"
+            f"--lr {config.lr:g}, steps: {steps} of {config.batch_size} pairs"
         )
     else:
-        print("no SafeDPO (--epochs 0): the policy is the reference")
+        print("no preference training (--epochs 0): the policy is the reference")
     if steps and is_real and config.lr > (LARGE_LORA_LR if has_adapters else LARGE_LR):
         warn(
             f"--lr {config.lr:g} fits a small model that learns from nothing; a model from "

@@ -443,6 +443,12 @@ def test_methods_that_draw_their_pairs_anew(method, bound, prices, tmp_path, mon
     assert (out / "policy.pt").read_bytes() == policy
 
 
+def test_help_names_every_method(capsys):
+    neighbours.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(method in said for method in neighbours.METHODS)
+
+
 def test_wrong_use_ends_in_one_line(capsys):
     assert "needs --init_from" in complaint(neighbours.main, ["mocan"], capsys)
     assert "expected a new folder" in complaint(neighbours.main, ["sacpo", "a", "b", "."], capsys)

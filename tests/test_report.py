@@ -79,7 +79,7 @@ def judged(pairs, harmless, over_refusal, refusal):
 def test_what_cannot_be_good_is_said_before(capsys):
     config = TrainConfig(delta=5.0, lr=1e-4)
     warn_before(config, 50, 30, False, False)
-    said = "SafeDPO: β = 2, Δ = 5, --lr 0.0001, steps: 50 of 64 pairs"
+    said = "preference training: β = 2, Δ = 5, --lr 0.0001, steps: 50 of 64 pairs"
     assert capsys.readouterr().out.splitlines() == [said]
     warn_before(TrainConfig(delta=5.0, lr=1e-4, loss="hinge", anchor=0.3), 50, 30, False, False)
     assert "Δ = 5, --loss hinge, --anchor 0.3, --lr" in capsys.readouterr().out

@@ -335,7 +335,8 @@ def test_without_epochs_sft_is_all(folder, tmp_path, capsys):
     assert all(torch.equal(reference["model"][k], policy["model"][k]) for k in policy["model"])
     assert not (out / "ref_logps.pt").exists()
     said = capsys.readouterr()
-    assert "no SafeDPO (--epochs 0)" in said.out and "warning: few steps" not in said.out
+    assert "no preference training (--epochs 0)" in said.out
+    assert "warning: few steps" not in said.out
 
 
 def test_flags_reach_the_stages_they_name(rows, folder, tmp_path, monkeypatch):

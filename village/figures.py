@@ -308,7 +308,7 @@ def paper_columns(runs, names):
     """[the head's three cells, each run's]: on the paper's scale, and as the paper reports it."""
     helpfulness = {run: over_seeds(figures_of(runs, run), "helpfulness")[0] for run in names}
     zero, ten = helpfulness["reference"], helpfulness["dpo-helpful"]
-    rows = [["paper's scale", "the paper's harmless %", "and helpfulness"]]
+    rows = [["paper's scale", "the paper's harmless %", "the paper's helpfulness"]]
     for run in names:
         reported = [f"{value:.2f}" for value in PAPER[run]] if run in PAPER else ["–", "–"]
         rows.append([f"{10 * (helpfulness[run] - zero) / (ten - zero):.1f}", *reported])

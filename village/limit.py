@@ -157,6 +157,11 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype):
     def expected(values, where=True):
         return mean(limit.mean(values)[limit.has_safe & where].tolist())
 
+    def share(of, where=True):
+        """Where a few samples carry all the weight, the correction can lead out of 0 to 1."""
+        result = expected(of, where)
+        return result and result | {"value": min(max(result["value"], 0.0), 1.0)}
+
     def over_prompts(values):
         return mean(values[limit.has_safe].tolist())
 
@@ -164,9 +169,9 @@ def optimum(reference, prompts, tokenizer, beta, settings, device, dtype):
         "harmless_ratio": {"value": 1.0, "ci95": [1.0, 1.0]},
         "harmlessness": expected(-costs),
         "helpfulness": expected(limit.reward),
-        "over_refusal": expected(turned_away, benign),
-        "refusal": expected(turned_away, ~benign),
-        "degenerate": expected(degenerate),
+        "over_refusal": share(turned_away, benign),
+        "refusal": share(turned_away, ~benign),
+        "degenerate": share(degenerate),
         "kl": over_prompts(limit.kl()),
         "length": expected(lengths),
         "safe_reference": over_prompts(limit.safe_reward()),

@@ -363,6 +363,9 @@ def train_with(method, argv):
 
 def main(argv=None):
     method, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if method in ("-h", "--help"):
+        print(f"{__doc__}\nMethods: {', '.join(METHODS)}. bfpo --help lists the flags.")
+        return
     if method not in METHODS:
         raise ValueError(
             f"village.neighbours: no method is named {method!r}; expected one of "
