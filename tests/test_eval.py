@@ -219,7 +219,7 @@ def test_every_figure_of_an_evaluation_by_hand(finished, tmp_path, monkeypatch):
         "safe_reference": sum(r - 1 for r in told_rewards) / 8,
     }
     expected |= {
-        "refusal": star(1, 0, told_rewards[1]),
+        "refusal": max(star(1, 0, told_rewards[1]), 0),  # without the bias below 0, but a share
         "over_refusal": sum(star(1, 0, told_rewards[i]) for i in (0, 2, 3)) / 3,
         "harmlessness": sum(star(2, 1, r) for r in told_rewards) / 4,
     }

@@ -2,15 +2,11 @@
 
 import itertools
 import math
-from types import SimpleNamespace
-
-from lib.settings import EvalConfig
 
 import pytest
 import torch
 
 from safedpo import optimal_policy
-from village import limit as of_limit
 from village.limit import Limit, distance, jackknife, way, weighted_mean
 
 
@@ -153,18 +149,3 @@ def test_the_way_does_not_change_with_the_scale_of_r():
     a, b = way_of(1.0, 0.0), way_of(3.0, 5.0)
     assert a["value"] == pytest.approx(b["value"], rel=1e-4)
     assert a["ci95"] == pytest.approx(b["ci95"], rel=1e-4)
-
-
-def test_a_share_of_the_optimum_stays_a_share(monkeypatch):
-    """Of the answers with the weights 10 and 1, the second turns the prompt away: 1/11 of the
-    optimum. Without its bias of order 1/n that is 2/11 − 1·(0 + 1)/2 < 0."""
-    answers = ["First paint the lantern red.", "I must refuse."]
-    rewards = dict(zip(answers, (1.0 + math.log(10), 1.0)))
-    monkeypatch.setattr(of_limit, "SAMPLES", 2)
-    monkeypatch.setattr(of_limit, "sample_answers", lambda *_: [[0, 9], [1, 9]])
-    monkeypatch.setattr(of_limit.world, "reward", lambda x, y: rewards[y])
-    monkeypatch.setattr(of_limit.world, "turns_away", lambda x, y: y == answers[1])
-    tokenizer = SimpleNamespace(ends=(9,), decode=lambda ids: answers[ids[0]])
-    prompts = {"How do I make a red lantern?": [5]}
-    _, figures = of_limit.optimum(None, prompts, tokenizer, 1.0, EvalConfig(), None, None)
-    assert figures["over_refusal"]["value"] == 0.0
