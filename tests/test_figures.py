@@ -3,9 +3,10 @@
 import json
 import re
 
-from lib import pages
+from lib import checkpoint, pages
 
 import pytest
+from conftest import ROOT
 
 from real import figures as of_real_model
 from village import figures, held_out
@@ -58,6 +59,17 @@ def test_a_cell_agrees_where_the_median_of_held_out_seeds_lies_in_its_range(
     disagree = "village: noise10: KL: 0.100 is not between 0.200 and 0.600\n"
     agree = f"seeds 20, 21, 22: 0 of 1 agree; {alone} of 3\n"
     assert capsys.readouterr().out == disagree + agree
+
+
+def test_the_page_says_how_many_cells_agree_with_seeds_that_took_no_part():
+    shown, others = held_out.by_seed(held_out.RESULTS), checkpoint.read_json(held_out.HELD_OUT)
+    assert others.keys() == shown.keys()
+    assert all(seeds.keys() == {str(seed) for seed in range(20, 31)} for seeds in others.values())
+    agree = len(others) - len(held_out.outside(shown, others))
+    inside, of = held_out.singles(shown, others)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    said = f"{agree} of the {len(others)} cells", f"{round(100 * inside / of)} % of their figures"
+    assert all(words in " ".join(page.split()) for words in said)
 
 
 def test_training_curves_are_log_ratios_and_means_over_seeds(tmp_path):
