@@ -5,7 +5,8 @@
     python -m village.held_out                       compares all that were added
 
 A cell of a table agrees if the median of these seeds lies between the least and the greatest figure
-of the table's seeds. village/results/held_out.json keeps {"file: run: heading": {seed: figure}}.
+of the table's seeds. Figures of single seeds are counted too. village/results/held_out.json keeps
+{"file: run: heading": {seed: figure}}.
 """
 
 import json
@@ -46,23 +47,25 @@ def by_seed(folder):
     return found
 
 
+def lies_in(figure, shown):
+    """Whether a figure lies between the least and the greatest of {seed: figure}."""
+    return min(shown.values()) <= figure <= max(shown.values())
+
+
 def outside(shown, others):
     """{cell: (median of the others, least, greatest that is shown)} of the cells that disagree."""
     disagree = {}
     for cell, seeds in others.items():
         median = statistics.median(seeds.values())
-        least, greatest = min(shown[cell].values()), max(shown[cell].values())
-        if not least <= median <= greatest:
-            disagree[cell] = median, least, greatest
+        if not lies_in(median, shown[cell]):
+            disagree[cell] = median, min(shown[cell].values()), max(shown[cell].values())
     return disagree
 
 
 def singles(shown, others):
     """(how many figures of single seeds lie in the ranges that are shown, of how many)."""
     inside = [
-        min(shown[cell].values()) <= figure <= max(shown[cell].values())
-        for cell, seeds in others.items()
-        for figure in seeds.values()
+        lies_in(figure, shown[cell]) for cell, seeds in others.items() for figure in seeds.values()
     ]
     return sum(inside), len(inside)
 

@@ -280,7 +280,7 @@ def closed_form(t, ref_unsafe, beta, delta):
 def noisy_margin(wrong, delta):
     """The margin m at which Eq. 12 is least on safe-unsafe pairs with wrong labels; ∞ without any.
 
-    In a share `wrong` < 1 of the pairs both flags are wrong, and therefore the order too. m solves
+    In a share `wrong` < 1 of the pairs both labels are wrong, and therefore the order too. m solves
     (1 − wrong)·σ(Δ − m) = wrong·σ(Δ + m), a quadratic equation in exp(m).
     """
     if not wrong:
